@@ -1,0 +1,40 @@
+# Any target can be the first command on a fresh machine: .venv is made when it is missing or out of date.
+PYTHON ?= python3
+JOBS ?= 2
+RUN := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help figures test notebooks refresh lab clean
+
+help:  ## show the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+figures: .venv/.ready  ## run the changed notebooks and redraw every figure
+	$(RUN) -m erasekit notebooks run --jobs $(JOBS)
+
+test: .venv/.ready  ## run the tests, then every notebook against its committed outputs
+	$(RUN) -m pytest tests
+	$(MAKE) notebooks
+
+notebooks: .venv/.ready  ## only run every notebook against its committed outputs
+	OMP_NUM_THREADS=1 $(RUN) -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+		--nbval-sanitize-with notebooks/sanitize.cfg -n $(JOBS) --dist loadscope
+
+refresh: .venv/.ready  ## re-execute the notebooks in place, ready to commit
+	$(RUN) -m erasekit notebooks refresh --jobs $(JOBS)
+	$(RUN) -m erasekit notebooks check
+
+lab: .venv/.ready  ## open the notebooks in JupyterLab
+	$(RUN) -m jupyterlab notebooks
+
+clean:  ## remove executed copies and caches (trained checkpoints in build/ and .venv stay)
+	rm -rf build/notebooks .pytest_cache .ruff_cache *.egg-info
+	find erasekit tests notebooks -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+.venv/.ready: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "erasekit needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.lock
+	$(RUN) -m pip install --disable-pip-version-check -q --no-deps -e .
+	touch $@

@@ -1,0 +1,48 @@
+"""erasekit: a laboratory for concept erasure in text-to-image diffusion models.
+
+import erasekit as ek
+
+model = ek.load("emoji")
+edit = ek.uce.fit(model, erase="church", preserve=["castle", "house"])
+with edit.applied(model):
+    after = model.generate(["a church in flat style"], seeds=[0])
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from erasekit import closed_form
+    from erasekit.concepts import Concept
+    from erasekit.edits import Edit
+    from erasekit.methods import uce
+    from erasekit.models import DiffusionModel, load
+
+try:
+    __version__ = version("erasekit")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "unknown"
+
+__all__ = ["load", "DiffusionModel", "Concept", "Edit", "closed_form", "uce"]
+
+# Loaded on first use, so that the command line and the notebook runner start without torch.
+_HOME = {
+    "load": "erasekit.models",
+    "DiffusionModel": "erasekit.models",
+    "Concept": "erasekit.concepts",
+    "Edit": "erasekit.edits",
+    "uce": "erasekit.methods",
+}
+
+
+def __getattr__(name: str):
+    if name == "closed_form":
+        return import_module("erasekit.closed_form")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"erasekit has no {name!r}; its public names are {', '.join(__all__)}")
+
+
+def __dir__():
+    return __all__

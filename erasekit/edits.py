@@ -1,0 +1,316 @@
+"""Edit: what a method returns. It is small, named, reversible, and knows the model it belongs to."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import erasekit
+from erasekit import models
+from erasekit.closed_form import ContextMap
+from erasekit.layers import cross_attention_kv
+from erasekit.models import DiffusionModel
+
+Kind = Literal["context_map", "weight_delta", "lora", "text_encoder"]
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change to a model, kept apart from the model.
+
+    kind "context_map": tensors `left` and `right`, (d, r) float32, the factors of T = I + left right^T; every
+    cross-attention key and value weight W becomes W T. kind "weight_delta": {parameter name, with the
+    pipeline part in front: tensor of the parameter's shape}, added to it. The tensors are on the CPU and are
+    exactly what `save` writes, so pictures are the same before and after saving.
+
+    metadata: method, config, concepts, base (fingerprint of the model it was made for), source (where that
+    model came from), versions, license.
+    """
+
+    kind: Kind
+    tensors: dict[str, Tensor]
+    metadata: dict
+
+    def __post_init__(self):
+        if self.kind not in ("context_map", "weight_delta"):
+            raise ValueError(f"unknown kind of edit {self.kind!r}: expected context_map or weight_delta")
+        for name, tensor in self.tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{name} of this {self.kind} holds NaN or infinity: nothing usable was fitted"
+                )
+
+    @classmethod
+    def from_context_map(cls, context_map: ContextMap, model: DiffusionModel, **metadata) -> "Edit":
+        """Round a map to what is stored: balanced float32 factors of its rank in single precision."""
+        small = context_map.compressed(rtol=1e-7)
+        tensors = {"left": small.left.float().cpu(), "right": small.right.float().cpu()}
+        return cls("context_map", tensors, _metadata(model, metadata))
+
+    @classmethod
+    def from_weight_delta(cls, delta: Mapping[str, Tensor], model: DiffusionModel, **metadata) -> "Edit":
+        """`delta`: {"unet.…weight": tensor added to that parameter}. ValueError for an unknown name or
+        shape."""
+        for name, tensor in delta.items():
+            if (shape := _parameter(model, name).shape) != tensor.shape:
+                raise ValueError(f"{name} has shape {tuple(shape)}, its delta {tuple(tensor.shape)}")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.items()}
+        return cls("weight_delta", tensors, _metadata(model, metadata))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def context_map(self) -> ContextMap:
+        """The map T of a context_map edit, in float64."""
+        if self.kind != "context_map":
+            raise ValueError(f"a {self.kind} edit is not one map of text embeddings")
+        return ContextMap(self.tensors["left"].double(), self.tensors["right"].double())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of kind, base and tensors: equal for edits that do the same to the same model."""
+        digest = hashlib.sha256(f"{self.kind} {self.metadata['base']}\n".encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        """One line: method, what is erased, kind, rank or number of tensors, size, base."""
+        erased = ", ".join(self.metadata.get("concepts", {}).get("erase", [])) or "nothing named"
+        if self.kind == "context_map":
+            extent = f"rank {self.tensors['left'].shape[1]} of {self.tensors['left'].shape[0]}"
+        else:
+            extent = f"{len(self.tensors)} tensors"
+        return (
+            f"{self.metadata.get('method', 'unknown')}: erases {erased}; {self.kind}, {extent}, "
+            f"{self.nbytes / 1000:.1f} kB; base {self.metadata['base'][:12]}"
+        )
+
+    @contextmanager
+    def applied(self, model: DiffusionModel, scale: float = 1.0) -> Iterator[DiffusionModel]:
+        """Apply inside a `with` block; on exit the very same original tensors are back, also after an
+        exception.
+
+        scale: strength, 1 as fitted, 0 nothing. Blocks may be nested: the inner edit acts on the weights that
+        the outer one left. ValueError, with nothing changed, when the model is not the one the edit was made
+        for.
+        """
+        self._check_base(model)
+        new = self._edited(model, scale)
+        old = [(parameter, parameter.data) for parameter, _ in new]
+        model._active.append(self)
+        try:
+            for parameter, value in new:
+                parameter.data = value
+            yield model
+        finally:
+            # .to() is the tensor itself unless the model was moved inside the block
+            for parameter, value in old:
+                parameter.data = value.to(parameter.device, parameter.dtype)
+            model._active.pop()
+
+    def merged(self, model: DiffusionModel, scale: float = 1.0) -> DiffusionModel:
+        """A new model with the edit folded into its weights; `model` is left alone."""
+        self._check_base(model)
+        merged = model.copy()
+        for parameter, value in self._edited(merged, scale):
+            parameter.data = value
+        return merged
+
+    def compose(self, other: "Edit") -> "Edit":
+        """Both edits as one: first this one, then `other`, as in nested `applied` blocks.
+
+        Context maps multiply, W' = (W T_self) T_other; deltas add. ValueError for different bases or kinds.
+        """
+        if self.metadata["base"] != other.metadata["base"]:
+            raise ValueError(
+                "the edits were made for different models: "
+                f"{self.metadata['base']} and {other.metadata['base']}"
+            )
+        if self.kind != other.kind:
+            raise ValueError(
+                f"cannot compose a {self.kind} with a {other.kind}: nest their applied(model) blocks instead"
+            )
+        if self.kind == "context_map":
+            both = self.context_map.compose(other.context_map).compressed(rtol=1e-7)
+            tensors = {"left": both.left.float(), "right": both.right.float()}
+        else:
+            tensors = dict(self.tensors)
+            for name, tensor in other.tensors.items():
+                tensors[name] = tensors[name] + tensor if name in tensors else tensor
+        parts = [self.metadata, other.metadata]
+        metadata = {
+            **self.metadata,
+            "method": " + ".join(part.get("method", "unknown") for part in parts),
+            "config": [part.get("config") for part in parts],
+            "concepts": {
+                key: sum((part.get("concepts", {}).get(key, []) for part in parts), [])
+                for key in ("erase", "anchor", "preserve")
+            },
+        }
+        return Edit(self.kind, tensors, metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        header = {"format": FORMAT, "kind": self.kind, "digest": self.digest, "metadata": self.metadata}
+        _write(Path(path), self.tensors, {"erasekit": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Edit":
+        """Read what `save` wrote. FileNotFoundError, or ValueError for a file that is damaged or not an
+        edit."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no edit at {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("erasekit", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file ({error}): save it again"
+            ) from error
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is not an edit of this version of erasekit: expected a file that Edit.save wrote"
+            )
+        edit = cls(header["kind"], tensors, header["metadata"])
+        if edit.digest != header["digest"]:
+            raise ValueError(f"{path} is damaged: its tensors are not the ones that were saved")
+        return edit
+
+    def to_lora(self, folder: str | Path, *, model: DiffusionModel | None = None) -> Path:
+        """Write `pytorch_lora_weights.safetensors`, which stock `pipeline.load_lora_weights(folder)` reads.
+
+        A context map is a LoRA exactly: W T - W = (W left) right^T. A delta is factored at its numerical
+        rank. Needs the base weights: `model`, or a model in memory with the same fingerprint, or the edit's
+        source, loaded again. Raises ValueError when none is at hand, or for a delta of something other than a
+        UNet Linear.
+        """
+        model = self._base(model)
+        factors = {}
+        if self.kind == "context_map":
+            t = self.context_map
+            for name, layer in cross_attention_kv(model.unet).items():
+                factors[f"unet.{name}"] = (layer.weight.double() @ t.left.to(layer.weight.device), t.right.T)
+        else:
+            for name, delta in self.tensors.items():
+                owner = model.pipeline.components[name.split(".")[0]].get_submodule(
+                    ".".join(name.split(".")[1:-1])
+                )
+                if (
+                    not name.startswith("unet.")
+                    or type(owner) is not nn.Linear
+                    or not name.endswith(".weight")
+                ):
+                    raise ValueError(f"{name} cannot become a LoRA: only weights of UNet Linear layers can")
+                u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+                keep = s > 1e-7 * s[0]
+                factors[name] = (u[:, keep] * s[keep], vh[keep])
+        # One rank for all layers (zero-padded), so that alpha = rank and the loader's scale is 1 everywhere.
+        rank = max([1, *(a.shape[0] for _, a in factors.values())])
+        tensors = {}
+        for name, (b, a) in factors.items():
+            stem, pad = name.removesuffix(".weight"), rank - a.shape[0]
+            tensors[f"{stem}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, pad)).float().cpu().contiguous()
+            tensors[f"{stem}.lora_B.weight"] = (
+                nn.functional.pad(b, (0, pad)).detach().float().cpu().contiguous()
+            )
+        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        _write(path, tensors, {"format": "pt"})
+        return path
+
+    def _base(self, model: DiffusionModel | None) -> DiffusionModel:
+        if model is None:
+            model = models.find(self.metadata["base"])
+        if model is None and self.metadata.get("source"):
+            model = models.load(self.metadata["source"])
+        if model is None:
+            raise ValueError(
+                f"the model this edit was made for ({self.metadata['base']}) is not loaded: pass model="
+            )
+        self._check_base(model)
+        if model._active:
+            raise ValueError("an edit is applied to this model: leave its `with` block first")
+        return model
+
+    def _check_base(self, model: DiffusionModel) -> None:
+        if (found := model.fingerprint()) != self.metadata["base"]:
+            raise ValueError(
+                f"this edit was made for the model {self.metadata['base']}, not for {found}: "
+                f"load the right one ({self.metadata.get('source') or 'a pipeline object'}) or fit again"
+            )
+
+    def _edited(self, model: DiffusionModel, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every changed parameter with its new value; nothing is written yet."""
+        if self.kind == "context_map":
+            t = self.context_map.scaled(scale)
+            parameters = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
+            if (width := next(iter(parameters.values())).shape[1]) != t.d:
+                raise ValueError(f"the edit maps embeddings of width {t.d}, the model's are {width} wide")
+            new = {name: t.apply_to_weight(weight.data) for name, weight in parameters.items()}
+        else:
+            parameters = {name: _parameter(model, name) for name in self.tensors}
+            new = {
+                name: (w.data.double() + scale * self.tensors[name].to(w.device, torch.float64)).to(w.dtype)
+                for name, w in parameters.items()
+            }
+        for name, value in new.items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"the edit makes {name} infinite or NaN in {value.dtype}: use a smaller scale"
+                )
+        return [(parameters[name], value) for name, value in new.items()]
+
+
+def _parameter(model: DiffusionModel, name: str) -> nn.Parameter:
+    part, _, rest = name.partition(".")
+    try:
+        return model.pipeline.components[part].get_parameter(rest)
+    except (KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the model has no parameter {name!r}; expected a name like unet.conv_in.weight"
+        ) from error
+
+
+def _metadata(model: DiffusionModel, metadata: dict) -> dict:
+    packages = {"erasekit": erasekit, "torch": torch, "diffusers": diffusers, "transformers": transformers}
+    whole = {
+        **metadata,
+        "base": model.fingerprint(),
+        "source": model.source,
+        "versions": {name: str(package.__version__) for name, package in packages.items()},
+        "license": "that of the base model",
+    }
+    if "config" in whole and not isinstance(whole["config"], dict):
+        whole["config"] = asdict(whole["config"])
+    return json.loads(json.dumps(whole))  # what a file would give back: lists for tuples
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,119 @@
+"""One resumable optimization loop for the four parts: AdamW, EMA, checkpoints without pickle, CSV log."""
+
+import csv
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from erasekit.paths import BUILD
+
+CHECKPOINTS = BUILD / "emoji"
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, constant, cosine decay to 2 % of the peak over the last 40 % of the run."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    tail = max(0.0, (step - 0.6 * steps) / (0.4 * steps))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, tail))).item()))
+
+
+def save_checkpoint(path: Path, module, average, optimizer, step: int, generator, seconds: float) -> None:
+    """Write module, EMA, AdamW moments and generator state to one safetensors file, atomically."""
+    tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    tensors["generator"] = generator.get_state()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, partial,
+              metadata={"step": str(step), "seconds": json.dumps(seconds)})
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path, module, average, optimizer, generator) -> tuple[int, float]:
+    """Inverse of `save_checkpoint`; returns (step, seconds spent so far)."""
+    with safe_open(path, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+        metadata = file.metadata()
+    module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
+    for k in average:
+        average[k].copy_(tensors[f"average.{k}"])
+    state: dict = {}
+    for k, v in tensors.items():
+        if k.startswith("optimizer."):
+            _, i, name = k.split(".", 2)
+            state.setdefault(int(i), {})[name] = v
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    generator.set_state(tensors["generator"])
+    return int(metadata["step"]), json.loads(metadata["seconds"])
+
+
+def optimize(
+    name: str,
+    module: torch.nn.Module,
+    loss: Callable[[torch.Generator], dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    peak: float,
+    generator: torch.Generator,
+    log: Path,
+    decay: float = 0.999,
+    weight_decay: float = 0.01,
+    save_every: int = 200,
+    folder: Path = CHECKPOINTS,
+) -> dict[str, torch.Tensor]:
+    """Minimize loss(generator)["loss"] and return the averaged weights.
+
+    Starts from `folder/name.safetensors` when it exists; with the same arguments, an interrupted run ends in the
+    weights of an uninterrupted one. Every 20th step appends the mean of each scalar to `log`. A loss that is not
+    finite raises FloatingPointError and leaves the last checkpoint in place.
+    """
+    path = folder / f"{name}.safetensors"
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=weight_decay)
+    average = {k: v.detach().clone().float() for k, v in module.named_parameters() if v.requires_grad}
+    start, spent = load_checkpoint(path, module, average, optimizer, generator) if path.exists() else (0, 0.0)
+    named = {k: v for k, v in module.named_parameters() if v.requires_grad}
+    clock, window = time.perf_counter() - spent, []
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        terms = loss(generator)
+        if not torch.isfinite(terms["loss"]):
+            raise FloatingPointError(f"{name}: loss is {terms['loss'].item()} at step {step}; "
+                                     f"the last good state is {path}; lower the learning rate and run again")
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        rate = min(decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - rate)
+        window.append({k: float(v) for k, v in terms.items()})
+        if (step + 1) % 20 == 0:
+            means = {k: sum(w[k] for w in window) / len(window) for k in window[0]}
+            bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
+            _append(log, {"step": step + 1, "seconds": round(time.perf_counter() - clock, 1),
+                          **{k: round(v, 6) for k, v in means.items()}}, fresh=step < 20)
+            window = []
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            save_checkpoint(path, module, average, optimizer, step + 1, generator, time.perf_counter() - clock)
+    return average
+
+
+def _append(path: Path, row: dict, fresh: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w" if fresh else "a", newline="") as file:
+        writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)

@@ -1,0 +1,186 @@
+"""Figures: one theme, one color and marker per method, exports with identical bytes, mosaics of pictures.
+
+`save_figure` writes figures/NAME.svg, .png, .csv (the plotted data) and .json (where it comes from). One
+small JSON per figure instead of one shared manifest: notebooks that run side by side never write one file.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from erasekit.paths import FIGURES
+
+NARROW, WIDE = 3.25, 6.75  # inches: one and two columns
+EXPORT = {"svg.hashsalt": "erasekit", "svg.fonttype": "none", "pdf.fonttype": 42}
+METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
+    "original": "#4d4d4d",
+    "uce": "#56b4e9",
+    "esd": "#de8f05",
+    "mace": "#ca9161",
+    "rece": "#0173b2",
+    "realera": "#029e73",
+    "trce": "#d55e00",
+    "advunlearn": "#cc78bc",
+}
+METHOD_MARKERS = {
+    "original": "o",
+    "uce": "s",
+    "esd": "^",
+    "mace": "v",
+    "rece": "D",
+    "realera": "P",
+    "trce": "X",
+    "advunlearn": "*",
+}
+
+
+def theme() -> None:
+    """Set the plotting defaults of this process; each notebook calls it once, at the top."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        palette="colorblind",
+        rc={
+            "font.size": 8,
+            "axes.labelsize": 8,
+            "axes.titlesize": 8,
+            "legend.fontsize": 7,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.figsize": (NARROW, 2.4),
+            "figure.dpi": 80,
+            "figure.constrained_layout.use": True,
+            **EXPORT,
+        },
+    )
+
+
+def save_figure(
+    fig: Figure,
+    name: str,
+    *,
+    data: pd.DataFrame,
+    notebook: str,
+    parameters: dict | None = None,
+    sources: Sequence[str] = (),
+    folder: Path = FIGURES,
+) -> Path:
+    """Write a figure with the data it shows; returns the path of the PNG.
+
+    The same figure and data give the same bytes in every process (with the same matplotlib), so a changed
+    file means a changed figure.
+
+    Args:
+        name: lower-case letters, digits and underscores; the files are figures/NAME.{svg,png,csv,json}.
+        data: what is plotted, one row per mark; written with six significant digits.
+        notebook: the notebook that draws it, for example "10_uce".
+        parameters: the notebook's parameters, where they matter to the figure.
+        sources: result files it was drawn from, relative to the repository.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", name):
+        raise ValueError(f"a figure name is lower-case letters, digits and underscores, got {name!r}")
+    if not isinstance(data, pd.DataFrame) or data.empty:
+        raise ValueError(
+            f"figure {name!r} needs its data as a DataFrame with rows, got {type(data).__name__}"
+        )
+    record = {
+        "name": name,
+        "notebook": notebook,
+        "parameters": parameters or {},
+        "sources": list(sources),
+        "columns": [str(column) for column in data.columns],
+        "rows": len(data),
+        "matplotlib": matplotlib.__version__,
+    }
+    contents = {
+        "svg": _render(fig, "svg", {"Date": None, "Creator": "erasekit", "Title": name, "Source": notebook}),
+        "png": _render(fig, "png", {"Software": None, "Title": name, "Source": notebook}),
+        "csv": data.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(),
+        "json": (json.dumps(record, indent=1, sort_keys=True) + "\n").encode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, content in contents.items():
+        temporary = folder / f".{name}.{kind}.{os.getpid()}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, folder / f"{name}.{kind}")
+    return folder / f"{name}.png"
+
+
+def _render(fig: Figure, kind: str, metadata: dict) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(EXPORT):
+        fig.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+    return buffer.getvalue()
+
+
+def image_grid(
+    images: Sequence,
+    row_labels: Sequence[str] | None = None,
+    col_labels: Sequence[str] | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+    upscale: float = 1.0,
+) -> Figure:
+    """Pictures of one size as one labeled mosaic; returns the figure.
+
+    In a notebook assign the result (`fig = image_grid(...)`): as the last value of a cell it shows twice.
+
+    Args:
+        images: rows of PIL images or uint8 arrays (h, w, 3); a flat sequence is one row; None leaves a gap.
+        ax: draw here instead of in a new figure.
+        upscale: screen pixels per picture pixel in a new figure at 80 dpi.
+    """
+    rows = images if len(images) and isinstance(images[0], (list, tuple)) else [images]
+    shown = [_pixels(image) for row in rows for image in row if image is not None]
+    sizes = {array.shape for array in shown}
+    if len(sizes) != 1:
+        raise ValueError(f"image_grid needs pictures of one size, got {sorted(sizes) or 'none'}")
+    height, width, _ = sizes.pop()
+    count, columns, gap = len(rows), max(len(row) for row in rows), 2
+    for labels, wanted, what in ((row_labels, count, "row_labels"), (col_labels, columns, "col_labels")):
+        if labels is not None and len(labels) != wanted:
+            raise ValueError(f"{what} needs {wanted} entries, got {len(labels)}")
+
+    mosaic = np.full((count * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            if image is not None:
+                top, left = i * (height + gap), j * (width + gap)
+                mosaic[top : top + height, left : left + width] = _pixels(image)
+
+    if ax is None:
+        inches = [size * upscale / 80 for size in mosaic.shape[1::-1]]
+        inches[0] += 0.07 * max(map(len, row_labels)) if row_labels is not None else 0
+        inches[1] += 0.25 * ((col_labels is not None) + (title is not None))
+        _, ax = plt.subplots(figsize=inches, layout="constrained")
+    ax.imshow(mosaic, interpolation="nearest")
+    ax.set_xticks(
+        [j * (width + gap) + width / 2 for j in range(columns)] if col_labels is not None else [], col_labels
+    )
+    ax.set_yticks(
+        [i * (height + gap) + height / 2 for i in range(count)] if row_labels is not None else [], row_labels
+    )
+    ax.tick_params(length=0, top=False, bottom=False, left=False, labeltop=True, labelbottom=False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    if title is not None:
+        ax.set_title(title)
+    return ax.figure
+
+
+def _pixels(image) -> np.ndarray:
+    return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)

@@ -1,0 +1,133 @@
+"""The only file that names submodules of the diffusion model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+
+def cross_attention(unet: nn.Module) -> dict[str, Attention]:
+    """{module name: Attention} of every cross-attention (`attn2`), in registration order."""
+    found = {
+        name: module
+        for name, module in unet.named_modules()
+        if name.split(".")[-1] == "attn2" and isinstance(module, Attention)
+    }
+    if not found:
+        raise ValueError(
+            f"no cross-attention named attn2 in {type(unet).__name__}: expected a diffusers UNet"
+        )
+    return found
+
+
+def cross_attention_kv(unet: nn.Module) -> dict[str, nn.Linear]:
+    """{parameter name: Linear} of every cross-attention key and value projection, in registration order.
+
+    The names end in `attn2.to_k.weight` and `attn2.to_v.weight`; every weight is (d_out, d) with one shared
+    d. Raises ValueError when there is none, or when one is not a plain bias-free Linear of that width.
+    """
+    found = {
+        f"{name}.weight": module
+        for name, module in unet.named_modules()
+        if name.split(".")[-2:] in (["attn2", "to_k"], ["attn2", "to_v"])
+    }
+    if not found:
+        raise ValueError(f"no attn2.to_k or attn2.to_v in {type(unet).__name__}: expected a diffusers UNet")
+    for name, module in found.items():
+        if type(module) is not nn.Linear:
+            raise ValueError(
+                f"{name} belongs to a {type(module).__name__}, expected torch.nn.Linear: "
+                "unload or fuse LoRA adapters and undo quantization first"
+            )
+        if module.bias is not None:
+            raise ValueError(f"{name} has a bias; cross-attention keys and values are expected to have none")
+    widths = {module.in_features for module in found.values()}
+    if len(widths) > 1:
+        raise ValueError(
+            f"cross-attention inputs differ in width ({sorted(widths)}); expected one text width"
+        )
+    return found
+
+
+def text_backbone(text_encoder: nn.Module) -> nn.Module:
+    """The module with `embeddings`, `encoder` and `final_layer_norm`.
+
+    A `CLIPTextModel` is that module itself since transformers 5.6; `CLIPTextModelWithProjection` (and the
+    `CLIPTextModel` of before) keeps it under `text_model`.
+    """
+    backbone = getattr(text_encoder, "text_model", text_encoder)
+    if not all(hasattr(backbone, part) for part in ("embeddings", "encoder", "final_layer_norm")):
+        raise ValueError(f"expected a CLIP text model, got {type(text_encoder).__name__}")
+    return backbone
+
+
+@dataclass
+class AttentionMaps:
+    """What `record_attention` saw: {layer: probabilities (batch, pixels, tokens)}, float32 on the CPU.
+
+    Averaged over heads and over the calls (denoising steps). With guidance the first half of the batch is the
+    unconditional one; the maps of the prompts start at row batch / 2, in order (a padded batch goes on after
+    them).
+    """
+
+    layers: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def add(self, layer: str, probabilities: Tensor) -> None:
+        """Fold one call's (batch, pixels, tokens) into the running mean."""
+        seen, mean = self.calls.get(layer, 0), self.layers.get(layer, 0.0)
+        if seen and mean.shape != probabilities.shape:
+            raise ValueError(
+                f"attention of shape {tuple(probabilities.shape)} after {tuple(mean.shape)}: "
+                "record one batch per record_attention block"
+            )
+        self.layers[layer] = mean + (probabilities.float().cpu() - mean) / (seen + 1)
+        self.calls[layer] = seen + 1
+
+    def heatmap(self, token: int, size: int = 64) -> Tensor:
+        """Attention paid to one token position, (batch, size, size): every layer resized, then averaged."""
+        if not self.layers:
+            raise ValueError("nothing was recorded: generate inside the record_attention block")
+        maps = []
+        for probabilities in self.layers.values():
+            side = round(probabilities.shape[1] ** 0.5)
+            if side * side != probabilities.shape[1]:
+                raise ValueError(f"heatmap needs square pictures, got {probabilities.shape[1]} positions")
+            one = probabilities[:, :, token].reshape(-1, 1, side, side)
+            maps.append(F.interpolate(one, (size, size), mode="bilinear", align_corners=False)[:, 0])
+        return torch.stack(maps).mean(0)
+
+
+class _Recorder:
+    """An attention processor that notes softmax(q k^T) and leaves the result to the processor it wraps."""
+
+    def __init__(self, wrapped, layer: str, maps: AttentionMaps):
+        self.wrapped, self.layer, self.maps = wrapped, layer, maps
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        scores = attn.get_attention_scores(query, key)  # (batch * heads, pixels, tokens)
+        self.maps.add(self.layer, scores.detach().unflatten(0, (-1, attn.heads)).mean(1))
+        return self.wrapped(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+
+
+@contextmanager
+def record_attention(unet: nn.Module) -> Iterator[AttentionMaps]:
+    """Record every cross-attention map of the UNet calls made inside the block.
+
+    The pictures are the same with and without recording; the processors are put back on exit.
+    """
+    maps, modules = AttentionMaps(), cross_attention(unet)
+    before = {name: module.processor for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.set_processor(_Recorder(before[name], name, maps))
+        yield maps
+    finally:
+        for name, module in modules.items():
+            module.set_processor(before[name])

@@ -1,0 +1,196 @@
+"""UCE: Unified Concept Editing (Gandikota et al., WACV 2024, arXiv 2308.14761).
+
+Every cross-attention key and value projection is replaced by the closed-form minimizer of
+
+    sum_E ||W' c_i - W c*_i||^2 + sum_P ||W' c_j - W c_j||^2     (+ ridge, see lam)
+
+Notation (code -> paper or code of the authors):
+
+    sources         -> c_i, embeddings of the concept to erase, one row per token
+    targets         -> c*_i, embeddings of the anchor ("guide"), v*_i = W c*_i  ("replace")
+    preserved       -> c_j, embeddings to keep
+    erase_scale     -> erase_scale (1 in the paper's objective)
+    preserve_scale  -> preserve_scale (1 in the paper's objective)
+    lam             -> lamb, the ridge ||W' - W||^2; in the code, not in the paper's objective [code]
+
+Defaults are those of the authors' first code (2023) for Stable Diffusion 1.4 [code]. Not here: debiasing, and
+the `tensor` technique, which is not a linear map of the embeddings.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from erasekit import closed_form
+from erasekit.concepts import Concept, check_templates, fill, slot_token
+from erasekit.edits import Edit
+from erasekit.models import DiffusionModel
+
+Tokens = Literal["last_subject", "last_to_end", "all"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of UCE; symbols in the module docstring.
+
+    tokens: which rows of a prompt are erased. "last_subject": the last token of the concept [code, 2025
+    rewrite]; "last_to_end": from there through the padding, cut at the end so that both prompts give as many
+    rows [code, 2023]; "all": every position. A blank anchor counts as the token before its slot, which is the
+    start token in "{}". templates: prompts with one {} that concept and anchor are both put into; their rows
+    are stacked. synonyms: erase the synonyms of a Concept too. preserve_tokens, preserve_templates: the same
+    for what is kept. preserve_null: also keep the empty prompt, on which guidance leans.
+    """
+
+    erase_scale: float = 1.0
+    preserve_scale: float = 1.0
+    lam: float = 0.5
+    anchor: str = " "
+    tokens: Tokens = "last_to_end"
+    templates: tuple[str, ...] = ("{}",)
+    synonyms: bool = False
+    preserve_tokens: Tokens = "all"
+    preserve_templates: tuple[str, ...] = ("{}",)
+    preserve_null: bool = True
+
+    def __post_init__(self):
+        for name in ("erase_scale", "preserve_scale", "lam"):
+            value = getattr(self, name)
+            if not (0 <= value < float("inf")):
+                raise ValueError(f"{name} must be zero or positive, got {value}")
+        for name in ("tokens", "preserve_tokens"):
+            if getattr(self, name) not in get_args(Tokens):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(Tokens))}, got {getattr(self, name)!r}"
+                )
+        for name in ("templates", "preserve_templates"):
+            check_templates(getattr(self, name))
+            if not getattr(self, name):
+                raise ValueError(f"{name} must have at least one prompt")
+
+
+EMOJI_TEMPLATES = ("{}", "a {}", "a {} in flat style", "An {} image in flat style.")
+
+PRESETS = {
+    # ours, for the captions of the emoji world
+    "emoji": Config(lam=0.1, templates=EMOJI_TEMPLATES, preserve_templates=EMOJI_TEMPLATES),
+    # erase_scale / preserve_scale / lamb and anchor: file names and defaults of the authors' code, 2023
+    "sd14-object": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
+    "sd14-nudity": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
+    "sd14-artist": Config(anchor="art", preserve_scale=0.1, lam=0.5),
+}
+
+
+def fit(
+    model: DiffusionModel,
+    erase: str | Concept | Sequence[str | Concept],
+    preserve: str | Concept | Sequence[str | Concept] = (),
+    *,
+    anchor: str | Concept | None = None,
+    config: Config | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[dict], None] | None = None,
+) -> Edit:
+    """Erase concepts by one joint solve; returns a context_map Edit and leaves the model alone.
+
+    anchor: what is drawn instead; else the concept's own, else the config's. config: None takes the preset of
+    the model ("emoji" or "sd14-object"). generator: not used, UCE draws nothing. callback: called once, with
+    rank and the relative residuals of erased and preserved embeddings. Raises ValueError for unknown
+    concepts, nothing to erase, a concept both erased and preserved, over-long prompts and settings that make
+    the system singular.
+    """
+    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
+    erased, kept = model.concepts(erase), model.concepts(preserve)
+    if not erased:
+        raise ValueError("there is nothing to erase: name at least one concept")
+    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in kept}:
+        raise ValueError(
+            f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
+        )
+    anchors = [_anchor(model, concept, anchor, config) for concept in erased]
+
+    pairs = [
+        (template, phrase, instead)
+        for concept, instead in zip(erased, anchors, strict=True)
+        for template in concept.templates or config.templates
+        for phrase in (concept.name, *(concept.synonyms if config.synonyms else ()))
+    ]
+    keep = [(t, concept.name) for concept in kept for t in concept.templates or config.preserve_templates]
+    embed = _embedder(model, [(t, p) for t, *both in pairs for p in both] + keep)
+
+    rows = [_paired_rows(model.tokenizer, embed, *pair, config.tokens) for pair in pairs]
+    sources, targets = (torch.cat(side) for side in zip(*rows, strict=True))
+    preserved = [_rows(model.tokenizer, embed, *slot, config.preserve_tokens) for slot in keep]
+    if config.preserve_null:
+        preserved.append(model.encode("")[0].double())
+    preserved = torch.cat(preserved) if preserved else None
+
+    context_map = closed_form.solve(
+        sources,
+        targets,
+        preserved,
+        erase_scale=config.erase_scale,
+        preserve_scale=config.preserve_scale,
+        lam=config.lam,
+    )
+    concepts = {
+        "erase": [concept.name for concept in erased],
+        "anchor": anchors,
+        "preserve": [concept.name for concept in kept],
+    }
+    edit = Edit.from_context_map(context_map, model, method="uce", config=config, concepts=concepts)
+    if callback is not None:
+        callback(
+            {
+                "step": 0,
+                "rank": edit.context_map.rank,
+                "erase_residual": _relative(context_map.apply(sources) - targets, sources - targets),
+                "preserve_drift": 0.0
+                if preserved is None
+                else _relative(context_map.apply(preserved) - preserved, preserved),
+            }
+        )
+    return edit
+
+
+def _anchor(model: DiffusionModel, concept: Concept, given: str | Concept | None, config: Config) -> str:
+    if isinstance(given, Concept):
+        return given.name
+    if given is None:
+        return config.anchor if concept.anchor is None else concept.anchor
+    if given.strip():
+        model.concepts(given)  # an unknown anchor is an error, as an unknown concept is
+    return given
+
+
+def _embedder(model: DiffusionModel, slots: Sequence[tuple[str, str]]) -> Callable[[str, str], Tensor]:
+    """A look-up (template, phrase) -> (length, d) float64; every distinct prompt is encoded once."""
+    prompts = list(dict.fromkeys(fill(*slot)[0] for slot in slots))
+    table = dict(zip(prompts, model.encode(prompts).double(), strict=True))
+    return lambda template, phrase: table[fill(template, phrase)[0]]
+
+
+def _paired_rows(
+    tokenizer, embed, template: str, phrase: str, anchor: str, tokens: Tokens
+) -> tuple[Tensor, Tensor]:
+    """Source and target rows, (n, d) each, of one template with the concept and with its anchor."""
+    old, new = (
+        _rows(tokenizer, embed, template, phrase, tokens),
+        _rows(tokenizer, embed, template, anchor, tokens),
+    )
+    count = min(len(old), len(new))  # the rows start at the aligned token; what differs is how many follow
+    return old[:count], new[:count]
+
+
+def _rows(tokenizer, embed, template: str, phrase: str, tokens: Tokens) -> Tensor:
+    block = embed(template, phrase)
+    if tokens == "all":
+        return block
+    start = slot_token(tokenizer, template, phrase)
+    return block[start : start + 1] if tokens == "last_subject" else block[start:]
+
+
+def _relative(difference: Tensor, size: Tensor) -> float:
+    return float(difference.norm() / size.norm().clamp_min(torch.finfo(torch.float64).tiny))

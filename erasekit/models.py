@@ -1,0 +1,350 @@
+"""DiffusionModel: a stock diffusers pipeline with deterministic pictures, prompt checks, a fingerprint."""
+
+import copy
+import hashlib
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL.Image import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from erasekit.concepts import Concept, as_concepts, token_ids
+from erasekit.paths import EMOJI_MODEL
+from erasekit.sampling import denoise
+
+# How a style of the emoji world stands in a prompt
+STYLE_TEMPLATES = ("in {} style", "an image in {} style.")
+FIXED_BATCH = 4  # see DiffusionModel.fixed_batch
+NOTE = "erasekit.json"  # beside model_index.json: which world a saved model belongs to
+
+# fingerprint -> a model in memory, so that an edit loaded from a file can find its base
+_live: "weakref.WeakValueDictionary[str, DiffusionModel]" = weakref.WeakValueDictionary()
+
+
+@dataclass(eq=False)
+class DiffusionModel:
+    """A text-to-image model. Make one with `load`.
+
+    preset: "emoji" or "sd", which tells a method what its default settings are. source: what it was loaded
+    from.
+    """
+
+    pipeline: DiffusionPipeline = field(repr=False)
+    preset: str = "sd"
+    source: str | None = None
+    _fingerprint: str | None = field(default=None, init=False, repr=False)
+    _active: list = field(default_factory=list, init=False, repr=False)  # edits in force, the innermost last
+
+    @property
+    def unet(self):
+        return self.pipeline.unet
+
+    @property
+    def text_encoder(self):
+        return self.pipeline.text_encoder
+
+    @property
+    def tokenizer(self):
+        return self.pipeline.tokenizer
+
+    @property
+    def vae(self):
+        return self.pipeline.vae
+
+    @property
+    def scheduler(self):
+        return self.pipeline.scheduler
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """4 for a small model (latents up to 16 x 16) on the CPU, else None.
+
+        On a CPU a matrix product rounds alike wherever a row stands, but not at every batch size. So a small
+        model always computes four at a time, the last batch padded: pictures are then equal bit by bit,
+        whatever batch they are in, for twice the time of a single picture and none of sixteen. Large models
+        would pay the full fourfold.
+        """
+        small = self.unet.config.sample_size <= 16 and self.device.type == "cpu"
+        return FIXED_BATCH if small else None
+
+    @property
+    def vocabulary(self) -> Mapping[str, tuple[Concept, ...]] | None:
+        """{phrase: the concepts it stands for} in the closed emoji world, None where any phrase may do."""
+        return _emoji_vocabulary() if self.preset == "emoji" else None
+
+    def concepts(self, given: str | Concept | Sequence[str | Concept]) -> tuple[Concept, ...]:
+        """`given` as Concepts; in the emoji world text is a known name, synonym, style or "weapon"."""
+        return as_concepts(given, self.vocabulary)
+
+    @torch.no_grad()
+    def encode(self, prompts: str | Sequence[str], batch_size: int = 32) -> Tensor:
+        """Text embeddings (n, length, d): the last hidden state, padded to the limit, no attention mask.
+
+        `encode("")` is the unconditional embedding. Raises ValueError for a prompt over the token limit.
+        """
+        self._refuse_two_encoders("encode")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("there is no prompt to encode: give at least one")
+        fixed = self.fixed_batch
+        batches = token_ids(self.tokenizer, prompts).to(self.device).split(fixed or batch_size)
+        rows = [self.text_encoder(_padded(batch, fixed))[0][: len(batch)] for batch in batches]
+        return torch.cat(rows).to(self.dtype)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        seeds: Sequence[int] = (0,),
+        steps: int = 25,
+        guidance: float = 5.0,
+        negative: str | None = None,
+        batch_size: int = 16,
+        callback: Callable[[dict], None] | None = None,
+        progress: bool = False,
+    ) -> list[Image]:
+        """One picture per (prompt, seed) pair.
+
+        `prompts` and `seeds` are zipped; whichever has one element is repeated, so
+        `generate(["a cat"], seeds=range(5))` gives five pictures and `generate(prompts)` uses seed 0 for all.
+
+        Every picture has its own generator on the CPU, so its noise depends on its seed alone, not on batch
+        size, order or device. A small model on the CPU gives the same bits in any batch (`fixed_batch`, in
+        place of batch_size); otherwise another batch size rounds differently, which can move a pixel by one
+        of 256 levels.
+
+        negative: what guidance steers away from, the empty prompt by default. callback: see
+        `sampling.denoise`; the dict also has `first`, the index of the first picture of the batch. Raises
+        ValueError for an empty or over-long prompt and for lengths that do not match.
+        """
+        self._refuse_two_encoders("generate")
+        prompts, seeds = self._pairs(prompts, seeds)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+
+        distinct = list(dict.fromkeys(prompts))
+        rows = {prompt: row for prompt, row in zip(distinct, self.encode(distinct), strict=True)}
+        uncond = self.encode(negative or "")
+        fixed = self.fixed_batch
+        starts = range(0, len(prompts), fixed or batch_size)
+        pictures = []
+        with tqdm(total=len(starts) * steps, disable=not progress, unit="step") as bar:
+            for first in starts:
+                part = slice(first, first + starts.step)
+                count = len(prompts[part])
+                text = _padded(torch.stack([rows[prompt] for prompt in prompts[part]]), fixed)
+                own = seeds[part] + seeds[part][-1:] * (len(text) - count)
+
+                def report(state: dict, first: int = first, count: int = count) -> None:
+                    bar.update()
+                    if callback is not None:
+                        cut = {
+                            key: state[key][:count]
+                            for key in ("latents", "pred_x0")
+                            if state[key] is not None
+                        }
+                        callback({**state, **cut, "first": first})
+
+                latents = denoise(
+                    self.unet,
+                    self.scheduler,
+                    text,
+                    uncond.expand_as(text),
+                    [torch.Generator().manual_seed(seed) for seed in own],
+                    steps=steps,
+                    guidance=guidance,
+                    size=(self.unet.config.sample_size,) * 2,
+                    callback=report,
+                )
+                pictures += self.decode(latents)[:count]
+        return pictures
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image]:
+        """Pictures of latents (n, channels, height, width)."""
+        pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the UNet and text encoder weights as float16, of the model without any edit in force.
+
+        Rounding to float16 makes it the same for a model loaded in single and in half precision. Computed
+        once: weights that are changed by other means than an Edit need a new `load(model.pipeline)`.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for part in ("text_encoder", "text_encoder_2", "unet"):
+                module = getattr(self.pipeline, part, None)
+                for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
+                    if tensor.is_floating_point():
+                        digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
+                        digest.update(tensor.detach().half().cpu().contiguous().numpy())
+            self._fingerprint = digest.hexdigest()
+        _live[self._fingerprint] = self
+        return self._fingerprint
+
+    def copy(self) -> "DiffusionModel":
+        """An independent model with the same weights. ValueError while an edit is in force."""
+        if self._active:
+            raise ValueError("an edit is applied to this model: leave its `with` block first")
+        return DiffusionModel(copy.deepcopy(self.pipeline), self.preset)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read."""
+        self.pipeline.save_pretrained(folder, safe_serialization=True)
+        (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
+
+    def _pairs(self, prompts, seeds) -> tuple[list[str], list[int]]:
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+        if not prompts or not seeds:
+            raise ValueError("generate needs at least one prompt and one seed")
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(
+                    f"a prompt must be text that says something, got {prompt!r}; "
+                    'for the unconditional embedding use encode("")'
+                )
+        if 1 not in (len(prompts), len(seeds)) and len(prompts) != len(seeds):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds: give as many of each, or one of either"
+            )
+        count = max(len(prompts), len(seeds))
+        return (
+            prompts * count if len(prompts) == 1 else prompts,
+            [int(seed) for seed in (seeds * count if len(seeds) == 1 else seeds)],
+        )
+
+    def _refuse_two_encoders(self, what: str) -> None:
+        if getattr(self.pipeline, "text_encoder_2", None) is not None:
+            raise ValueError(f"{what} knows one text encoder; for SDXL use model.pipeline")
+
+
+def _padded(rows: Tensor, size: int | None) -> Tensor:
+    """The last row repeated up to `size` rows; None leaves the rows alone."""
+    return rows if size is None else torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+
+
+@cache
+def _emoji_vocabulary() -> dict[str, tuple[Concept, ...]]:
+    from erasekit.emoji import data
+
+    known = {one.name: (Concept(one.name, synonyms=one.synonyms),) for one in data.concepts()}
+    synonyms = {word: (Concept(word),) for one in data.concepts() for word in one.synonyms}
+    styles = {style: (Concept(style, STYLE_TEMPLATES),) for style in data.STYLES}
+    weapons = tuple(known[one.name][0] for one in data.concepts() if one.weapon)
+    phrases = {**synonyms, "weapon": weapons, **styles, **known}
+    return {" ".join(phrase.lower().split()): value for phrase, value in phrases.items()}
+
+
+def load(
+    source: str | Path | DiffusionPipeline = "emoji",
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> DiffusionModel:
+    """A DiffusionModel from "emoji", a diffusers folder, a hub id, or a pipeline object (not copied).
+
+    device "auto": the GPU where there is one, else the CPU; a pipeline object stays where it is. dtype
+    "auto": float16 on a GPU, float32 on the CPU; a pipeline object keeps its own. Raises FileNotFoundError
+    for a missing and ValueError for a damaged model.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"unknown dtype {dtype!r}: use 'auto', 'float32', 'float16' or a torch.dtype")
+        dtype = getattr(torch, dtype)
+
+    if isinstance(source, DiffusionPipeline):
+        pipeline, preset, name = source, "sd", None
+        if device != "auto":
+            pipeline.to(device)
+    else:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        name = str(source)
+        pipeline, preset = _read(name, dtype)
+        pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+            if dtype not in ("auto", part.dtype):
+                part.to(dtype)
+    return DiffusionModel(pipeline, preset, name)
+
+
+def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
+    folder = EMOJI_MODEL if source == "emoji" else Path(source)
+    local = source == "emoji" or folder.exists()
+    if local and not (folder / "model_index.json").is_file():
+        if source == "emoji":
+            raise FileNotFoundError(
+                f"the emoji model is not in {folder}: restore it with `git checkout -- data/emoji/model`"
+            )
+        raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
+    for file in sorted(folder.rglob("*.safetensors")) if local else ():
+        try:
+            safe_open(file, "pt")
+        except SafetensorError as error:
+            advice = "restore it with git" if source == "emoji" else "download or save the model again"
+            raise ValueError(f"{file} is truncated or damaged ({error}): {advice}") from error
+    try:
+        with _no_progress_bars() if local else nullcontext():
+            pipeline = DiffusionPipeline.from_pretrained(
+                folder if local else source,
+                dtype=dtype,
+                safety_checker=None,
+                requires_safety_checker=False,
+                local_files_only=local,
+            )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        if local:
+            raise ValueError(f"cannot load the pipeline in {folder}: {first_line}") from error
+        raise FileNotFoundError(
+            f"{source!r} is no folder here, and the hub did not give it: {first_line}"
+        ) from error
+    note = folder / NOTE
+    preset = json.loads(note.read_text())["preset"] if local and note.is_file() else "sd"
+    return pipeline, "emoji" if local and folder.resolve() == EMOJI_MODEL.resolve() else preset
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """A model on disk loads in a moment; its bars would only stand in every notebook."""
+    loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in loggers:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.enable_progress_bar()
+
+
+def find(fingerprint: str) -> DiffusionModel | None:
+    """A model in memory with this fingerprint, if there is one."""
+    return _live.get(fingerprint)

@@ -1,0 +1,111 @@
+"""A tiny random Stable Diffusion 1.x pipeline, made of the real classes; no test needs the network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from erasekit import models
+
+WHOLE = "castle church house dog a an in flat ink style image picture of art".split()  # one token each
+LENGTH, WIDTH = 24, 32
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Byte-pair encoding that knows the words of WHOLE; any other word becomes its letters."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = {}  # in order, without repeats
+    for word in WHOLE:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            merges[(pieces[0], pieces[1])] = None
+            pieces[:2] = [pieces[0] + pieces[1]]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=LENGTH)
+
+
+def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                initializer_factor=10.0,  # so that different words differ after two layers
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=WIDTH,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                if "attn2" in name:
+                    parameter.mul_(3)  # so that the text moves the picture
+            vae.decoder.conv_out.weight.mul_(3)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_model() -> models.DiffusionModel:
+    """Read only: a test that changes the model takes `model`."""
+    return models.load(tiny_pipeline())
+
+
+@pytest.fixture
+def model() -> models.DiffusionModel:
+    """A fresh model with the weights of `shared_model`."""
+    return models.load(tiny_pipeline())
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

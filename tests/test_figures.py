@@ -1,0 +1,166 @@
+"""Exports with identical bytes, the data beside each figure, and the two presentations of `explore`."""
+
+import io
+import json
+import subprocess
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from erasekit import figures  # noqa: E402
+from erasekit.paths import ROOT  # noqa: E402
+from erasekit.widgets import explore  # noqa: E402
+
+KINDS = ("csv", "json", "png", "svg")
+DRAW = """
+import sys, matplotlib; matplotlib.use("Agg")
+import matplotlib.pyplot as plt, pandas as pd, pathlib
+from erasekit import figures
+figures.theme()
+data = pd.DataFrame({"lam": [0.1, 1.0, 10.0], "rate": [1 / 3, float(sys.argv[2]), 0.9]})
+fig, ax = plt.subplots()
+ax.plot("lam", "rate", data=data, color=figures.METHOD_COLORS["rece"], marker="D", label="RECE")
+ax.legend()
+figures.save_figure(fig, "curve", data=data, notebook="20_rece", folder=pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def draw(folder, value="0.5"):
+    subprocess.run([sys.executable, "-c", DRAW, str(folder), value], check=True, cwd=ROOT)
+    return {path.suffix[1:]: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_same_figure_same_bytes_in_two_processes(tmp_path):
+    first, second, other = (
+        draw(tmp_path / name, value) for name, value in (("a", "0.5"), ("b", "0.5"), ("c", "0.6"))
+    )
+    assert sorted(first) == sorted(KINDS), "one file of each kind and no temporary file left"
+    assert first == second
+    for kind in ("csv", "png", "svg"):
+        assert first[kind] != other[kind], f"{kind} does not show the data"
+
+
+def test_csv_holds_the_plotted_data_and_json_its_origin(tmp_path):
+    files = draw(tmp_path)
+    data = pd.read_csv(io.BytesIO(files["csv"]))
+    assert data["lam"].tolist() == [0.1, 1.0, 10.0]
+    np.testing.assert_allclose(data["rate"], [1 / 3, 0.5, 0.9], rtol=1e-5)
+    record = json.loads(files["json"])
+    assert (record["notebook"], record["columns"], record["rows"]) == ("20_rece", ["lam", "rate"], 3)
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("Bad Name", pd.DataFrame({"x": [1]})),
+        ("../up", pd.DataFrame({"x": [1]})),
+        ("empty", pd.DataFrame({"x": []})),
+        ("listed", [1, 2]),
+    ],
+)
+def test_bad_figures_are_refused_and_leave_nothing(tmp_path, name, data):
+    fig, _ = plt.subplots()
+    with pytest.raises(ValueError):
+        figures.save_figure(fig, name, data=data, notebook="test", folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_method_has_its_own_color_and_marker():
+    assert figures.METHOD_COLORS.keys() == figures.METHOD_MARKERS.keys()
+    assert len(set(figures.METHOD_COLORS.values())) == len(figures.METHOD_COLORS)
+    assert len(set(figures.METHOD_MARKERS.values())) == len(figures.METHOD_MARKERS)
+    assert {"uce", "rece", "esd", "mace", "realera", "trce", "advunlearn"} <= figures.METHOD_COLORS.keys()
+
+
+def picture(value):
+    return Image.new("RGB", (6, 4), (value, 0, 0))
+
+
+def test_image_grid_puts_each_picture_in_its_place():
+    fig = figures.image_grid(
+        [[picture(10), picture(20)], [picture(30), None]],
+        row_labels=["before", "after"],
+        col_labels=["church", "castle"],
+        title="UCE",
+    )
+    (ax,) = fig.axes
+    mosaic = ax.images[0].get_array()
+    assert mosaic.shape == (4 + 2 + 4, 6 + 2 + 6, 3)
+    assert (
+        (mosaic[:4, :6, 0] == 10).all()
+        and (mosaic[:4, 8:, 0] == 20).all()
+        and (mosaic[6:, :6, 0] == 30).all()
+    )
+    assert (mosaic[6:, 8:] == 255).all(), "a gap is white"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["before", "after"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["church", "castle"]
+
+
+def test_image_grid_takes_a_flat_row_and_an_axes():
+    _, ax = plt.subplots()
+    fig = figures.image_grid([picture(1), picture(2), picture(3)], ax=ax)
+    assert fig is ax.figure and ax.images[0].get_array().shape == (4, 22, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"images": []},
+        {"images": [[None]]},
+        {"images": [picture(1), Image.new("RGB", (5, 5))]},
+        {"images": [picture(1)], "col_labels": ["a", "b"]},
+        {"images": [picture(1)], "row_labels": ["a", "b"]},
+    ],
+)
+def test_image_grid_refuses_what_is_not_a_grid(arguments):
+    with pytest.raises(ValueError):
+        figures.image_grid(**arguments)
+
+
+def test_explore_draws_every_value_without_widgets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # importing it would now fail
+    seen = []
+    fig = explore(lambda lam, ax: seen.append((lam, ax)), interactive=False, lam=[0.1, 1.0, 10.0])
+    assert [lam for lam, _ in seen] == [0.1, 1.0, 10.0]
+    assert [ax.get_title() for ax in fig.axes] == ["lam = 0.1", "lam = 1.0", "lam = 10.0"]
+    assert [ax for _, ax in seen] == fig.axes
+
+
+def test_explore_crosses_two_choices_as_rows_and_columns():
+    seen = []
+    fig = explore(
+        lambda concept, lam, ax: seen.append((concept, lam)),
+        interactive=False,
+        concept=["church", "dog"],
+        lam=[1, 2, 3],
+    )
+    assert seen == [(concept, lam) for concept in ("church", "dog") for lam in (1, 2, 3)]
+    assert fig.axes[0].get_gridspec().get_geometry() == (2, 3)
+
+
+def test_explore_live_uses_the_same_function():
+    seen = []
+    assert (
+        explore(lambda lam, ax: seen.append((lam, ax is not None)), interactive=True, lam=[0.1, 1.0]) is None
+    )
+    assert seen[:1] == [(0.1, True)]
+
+
+@pytest.mark.parametrize("choices", [{}, {"lam": []}, {"a": [1], "b": [1], "c": [1]}])
+def test_explore_refuses_what_it_cannot_show(choices):
+    with pytest.raises(ValueError):
+        explore(print, interactive=False, **choices)

@@ -1,0 +1,323 @@
+"""Loading, generating and encoding on tiny pipelines of the real classes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import LENGTH, WIDTH, tiny_pipeline
+from diffusers import EulerAncestralDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+
+import erasekit as ek
+from erasekit import concepts, models
+from erasekit.concepts import Concept, as_concepts
+
+PROMPTS = ["a church in flat style", "a dog", "garbage in ink style", "a castle", "a house"]
+SEEDS = [3, 1, 4, 1, 5]
+
+
+def arrays(pictures):
+    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+
+def largest_difference(a, b):
+    return int(np.abs(arrays(a) - arrays(b)).max())
+
+
+# ---- generate -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_pictures_do_not_depend_on_batch_size_or_order(shared_model, batch_size):
+    together = arrays(shared_model.generate(PROMPTS, SEEDS, steps=4))
+    assert np.array_equal(
+        arrays(shared_model.generate(PROMPTS, SEEDS, steps=4, batch_size=batch_size)), together
+    )
+    order = [4, 2, 0, 3, 1]
+    shuffled = shared_model.generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order], steps=4)
+    assert np.array_equal(arrays(shuffled), together[order])
+    alone = shared_model.generate(PROMPTS[2], SEEDS[2], steps=4)
+    assert np.array_equal(arrays(alone)[0], together[2])
+    assert np.abs(together[1] - together[3]).max() > 20  # control: same seed, another prompt
+
+
+def test_real_batches_agree_to_one_level(shared_model, monkeypatch):
+    """Without the fixed batch (large models, GPU) the noise is the same and the rest differs by rounding."""
+    fixed = shared_model.generate(PROMPTS, SEEDS, steps=4)
+    monkeypatch.setattr(models.DiffusionModel, "fixed_batch", None)
+    for batch_size in (1, 2, 16):
+        assert (
+            largest_difference(shared_model.generate(PROMPTS, SEEDS, steps=4, batch_size=batch_size), fixed)
+            <= 1
+        )
+
+
+def test_noise_is_the_seed_alone(shared_model, monkeypatch):
+    first = []
+    monkeypatch.setattr(
+        models, "denoise", lambda *args, **kwargs: first.append(args[4]) or torch.zeros(len(args[2]), 4, 8, 8)
+    )
+    shared_model.generate(PROMPTS, SEEDS)
+    shared_model.generate(PROMPTS[::-1], SEEDS[::-1])
+    draws = [[torch.randn(3, generator=g) for g in generators] for generators in first]
+    flat = [*draws[0], *draws[1][:1]]
+    assert torch.equal(flat[1], flat[3]) and not torch.equal(flat[0], flat[1])
+
+
+def test_zip_and_broadcast(shared_model):
+    five = shared_model.generate(["a dog"], seeds=range(5), steps=2)
+    assert len(five) == 5 and largest_difference(five[:1], five[1:2]) > 20
+    paired = shared_model.generate(["a dog", "a church"], seeds=[0, 1], steps=2)
+    assert len(paired) == 2 and np.array_equal(arrays(paired)[0], arrays(five)[0])
+    assert len(shared_model.generate(["a dog", "a church"], steps=2)) == 2
+    with pytest.raises(ValueError, match="2 prompts and 3 seeds"):
+        shared_model.generate(["a dog", "a church"], seeds=[0, 1, 2])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("scheduler", [None, PNDMScheduler, EulerAncestralDiscreteScheduler])
+def test_agrees_with_the_stock_pipeline(model, guidance, scheduler):
+    if scheduler is not None:
+        model.pipeline.scheduler = scheduler.from_config(model.scheduler.config, skip_prk_steps=True)
+    ours = model.generate(PROMPTS, SEEDS, steps=6, guidance=guidance, negative="a picture of art")
+    stock = model.pipeline(
+        PROMPTS,
+        negative_prompt=["a picture of art"] * len(PROMPTS),
+        num_inference_steps=6,
+        guidance_scale=guidance,
+        height=16,
+        width=16,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+    ).images
+    assert largest_difference(ours, stock) <= 1
+    assert largest_difference(ours, model.generate(PROMPTS[::-1], SEEDS, steps=6, guidance=guidance)) > 20
+
+
+def test_callback_sees_every_step(shared_model):
+    states = []
+    pictures = shared_model.generate(PROMPTS, SEEDS, steps=3, callback=states.append)
+    assert [(s["first"], s["step"]) for s in states] == [(0, 0), (0, 1), (0, 2), (4, 0), (4, 1), (4, 2)]
+    assert states[0]["timestep"] > states[1]["timestep"]
+    assert states[2]["latents"].shape == (4, 4, 8, 8) and states[5]["pred_x0"].shape == (1, 4, 8, 8)
+    last = shared_model.decode(states[2]["latents"])
+    assert np.array_equal(arrays(last), arrays(pictures[:4]))
+
+
+def test_generating_twice_leaves_no_state_behind(shared_model):
+    once = shared_model.generate(["a dog"], steps=3)
+    shared_model.generate(["a church"], steps=7)
+    assert largest_difference(shared_model.generate(["a dog"], steps=3), once) == 0
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    shared_model.generate(["a dog"], steps=3)
+    assert torch.equal(torch.random.get_rng_state(), before)  # the global generator is not touched
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([],), "at least one prompt"),
+        (([""],), r"says something.*encode\(\"\"\)"),
+        ((["  "],), "says something"),
+        (([3],), "says something"),
+        ((["a dog"], []), "at least one prompt and one seed"),
+        ((["a dog"], [0], 0), "steps must be"),
+        ((["a dog"], [0], 2.5), "steps must be"),
+        ((["a " * 30],), "30 tokens, the limit is 22"),
+    ],
+)
+def test_bad_requests_are_one_clear_error(shared_model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        shared_model.generate(*arguments)
+
+
+# ---- encode and token positions -----------------------------------------------------------------
+
+
+def test_encode_is_what_the_pipeline_feeds_the_unet(shared_model):
+    ours = shared_model.encode(PROMPTS)
+    stock, null = shared_model.pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    assert ours.shape == (5, LENGTH, WIDTH)
+    assert torch.allclose(ours, stock, atol=1e-5)
+    assert torch.allclose(shared_model.encode(""), null[:1], atol=1e-5)
+    assert torch.equal(shared_model.encode(PROMPTS[2])[0], ours[2])
+    with pytest.raises(ValueError, match="at least one"):
+        shared_model.encode([])
+
+
+def test_a_prompt_that_just_fits(shared_model):
+    assert shared_model.encode("a " * (LENGTH - 2)).shape == (1, LENGTH, WIDTH)
+    with pytest.raises(ValueError, match=f"{LENGTH - 1} tokens, the limit is {LENGTH - 2}"):
+        shared_model.encode("a " * (LENGTH - 1))
+
+
+def test_unknown_characters_are_refused(shared_model):
+    with pytest.raises(ValueError, match="does not know"):
+        shared_model.encode("a <|endoftext|> dog")
+
+
+@pytest.mark.parametrize(
+    "prompt, phrase, expected",
+    [
+        ("a church in flat style", "church", range(2, 3)),
+        ("a GARBAGE in flat style", "garbage", range(2, 8)),  # six pieces
+        ("a church house in flat style", "church house", range(2, 4)),
+        ("an image of a dog.", "dog", range(5, 6)),
+        ("garbage", "garbage", range(1, 7)),
+    ],
+)
+def test_phrases_are_found_by_token_ids(shared_model, prompt, phrase, expected):
+    tokenizer = shared_model.tokenizer
+    span = concepts.subject_span(tokenizer, prompt, phrase)
+    assert span == expected
+    ids = concepts.token_ids(tokenizer, [prompt])[0]
+    assert tokenizer.decode(ids[span.start : span.stop].tolist()).strip() == phrase
+    assert concepts.last_subject_token(tokenizer, prompt, phrase) == expected[-1]
+
+
+def test_part_of_a_word_is_not_the_word(shared_model):
+    assert concepts.subject_span(shared_model.tokenizer, "a dog in ink style", "ink") == range(4, 5)
+    for prompt, phrase in [("an inkpot", "ink"), ("a dog", "church"), ("a dog", " ")]:
+        with pytest.raises(ValueError, match="not among the tokens|empty"):
+            concepts.subject_span(shared_model.tokenizer, prompt, phrase)
+
+
+def test_end_of_text_is_the_first_of_many(shared_model):
+    ids = concepts.token_ids(shared_model.tokenizer, ["a church", "", "garbage"])
+    assert ids.shape == (3, LENGTH)
+    assert (ids[:, -1] == shared_model.tokenizer.eos_token_id).all()  # padding is the same token
+    assert concepts.eot_position(shared_model.tokenizer, ids).tolist() == [3, 1, 7]
+    assert int(concepts.eot_position(shared_model.tokenizer, ids[0])) == 3
+    with pytest.raises(ValueError, match="no end-of-text"):
+        concepts.eot_position(shared_model.tokenizer, ids[:, :1])
+
+
+@pytest.mark.parametrize(
+    "template, phrase, expected",
+    [
+        ("{}", "church", 1),
+        ("{}", " ", 0),
+        ("a {} in flat style", "garbage", 7),
+        ("a {} in flat style", "", 1),
+    ],
+)
+def test_slot_token(shared_model, template, phrase, expected):
+    assert concepts.slot_token(shared_model.tokenizer, template, phrase) == expected
+
+
+def test_a_slot_inside_a_word_is_refused(shared_model):
+    with pytest.raises(ValueError, match="spaces around"):
+        concepts.slot_token(shared_model.tokenizer, "a {}pot", "ink")
+
+
+# ---- concepts -----------------------------------------------------------------------------------
+
+
+def test_as_concepts():
+    church = Concept("church", ("a {}",))
+    assert as_concepts("dog") == (Concept("dog"),)
+    assert as_concepts(["dog", church, "dog"]) == (Concept("dog"), church)
+    assert as_concepts([]) == ()
+    words = {"dog": (Concept("dog"),), "pets": (Concept("dog"), Concept("cat"))}
+    assert as_concepts([" Dog ", "pets"], words) == (Concept("dog"), Concept("cat"))
+    assert as_concepts(Concept("doge"), words) == (Concept("doge"),)  # a free phrase, said explicitly
+    with pytest.raises(ValueError, match=r"unknown concept 'doge': did you mean 'dog'\?"):
+        as_concepts("doge", words)
+    with pytest.raises(ValueError, match="unknown concept 'zzz': use a name"):
+        as_concepts(["dog", "zzz"], words)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Concept(""), "needs a name"),
+        (lambda: Concept("dog", ("a dog",)), "exactly one"),
+        (lambda: Concept("dog", "a {}"), "sequence of prompts"),
+        (lambda: as_concepts([3]), "expected text"),
+    ],
+)
+def test_bad_concepts(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_emoji_words_stand_for_concepts(shared_model, monkeypatch):
+    monkeypatch.setattr(shared_model, "preset", "emoji")
+    (church,) = shared_model.concepts("church")
+    assert church.name == "church"
+    (flat,) = shared_model.concepts("flat")
+    assert flat.templates and "style" in flat.templates[0]
+    assert len(shared_model.concepts("weapon")) > 5
+    with pytest.raises(ValueError, match="unknown concept 'chruch': did you mean 'church'"):
+        shared_model.concepts("chruch")
+    monkeypatch.setattr(shared_model, "preset", "sd")
+    assert shared_model.concepts("chruch") == (Concept("chruch"),)
+
+
+# ---- load, save, fingerprint --------------------------------------------------------------------
+
+
+def test_saved_and_loaded_from_disk(shared_model, tmp_path):
+    shared_model.save_pretrained(tmp_path / "tiny")
+    loaded = ek.load(tmp_path / "tiny")
+    assert loaded.fingerprint() == shared_model.fingerprint()
+    assert loaded.preset == "sd" and loaded.dtype == torch.float32
+    pictures = shared_model.generate(PROMPTS, SEEDS, steps=3)
+    assert largest_difference(loaded.generate(PROMPTS, SEEDS, steps=3), pictures) == 0
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "tiny", safety_checker=None)
+    assert largest_difference(ek.load(stock).generate(PROMPTS, SEEDS, steps=3), pictures) == 0
+
+
+def test_half_precision_on_disk_is_single_in_memory(tmp_path):
+    half = models.DiffusionModel(tiny_pipeline().to(torch.float16), "emoji")
+    half.save_pretrained(tmp_path)
+    loaded = ek.load(str(tmp_path), device="cpu")
+    parts = (loaded.unet, loaded.text_encoder, loaded.vae)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
+    assert loaded.preset == "emoji"  # which world it is travels with the folder
+    assert loaded.fingerprint() == half.fingerprint()
+    assert ek.load(str(tmp_path), device="cpu", dtype="bfloat16").unet.dtype == torch.bfloat16
+
+
+def test_fingerprint_is_of_the_weights(shared_model, model):
+    assert shared_model.fingerprint() == model.fingerprint()
+    assert models.load(tiny_pipeline(seed=1)).fingerprint() != model.fingerprint()
+    with torch.no_grad():
+        model.text_encoder.get_input_embeddings().weight[0, 0] += 1
+    assert models.load(model.pipeline).fingerprint() != shared_model.fingerprint()
+
+
+def test_a_pipeline_object_is_not_copied():
+    pipeline = tiny_pipeline()
+    model = ek.load(pipeline)
+    assert model.pipeline is pipeline and model.unet is pipeline.unet and model.source is None
+    assert ek.load(pipeline, dtype="float64").unet.dtype == torch.float64
+    with pytest.raises(ValueError, match="unknown dtype 'float33'"):
+        ek.load(pipeline, dtype="float33")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_truncated_weights_are_named(shared_model, tmp_path, part):
+    shared_model.save_pretrained(tmp_path)
+    assert ek.load(tmp_path)  # control
+    (file,) = (tmp_path / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="truncated or damaged") as caught:
+        ek.load(tmp_path)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "EMOJI_MODEL", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="emoji model is not in .*git checkout"):
+        ek.load("emoji")
+    with pytest.raises(FileNotFoundError, match="no model_index.json"):
+        ek.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder here, and the hub did not give it"):
+        ek.load("nobody/nothing")
+
+
+def test_public_names():
+    for name in ek.__all__:
+        assert getattr(ek, name) is not None
+    assert callable(ek.load) and ek.uce.fit and ek.closed_form.solve
+    with pytest.raises(AttributeError, match="erasekit has no 'foo'; its public names are load"):
+        ek.foo  # noqa: B018
