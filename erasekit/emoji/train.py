@@ -11,10 +11,14 @@ import argparse
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from erasekit.emoji.pictures import Placement, load_sprites, place
-from erasekit.emoji.training import optimize
-from erasekit.paths import EMOJI, EMOJI_MODEL
+from erasekit.emoji import captions
+from erasekit.emoji.clip import load_clip
+from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
+from erasekit.emoji.training import CHECKPOINTS, last_step, optimize
+from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_MODEL
 
 
 def batch(sprites: torch.Tensor, n: int, generator: torch.Generator, placement=Placement()):
@@ -41,24 +45,24 @@ def _edges(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x.diff(dim=-1).flatten(1), x.diff(dim=-2).flatten(1)], 1)
 
 
-def train_vae(steps: int = 1300, size: int = 32) -> None:
+def train_vae(steps: int = 1300, begin: int = 0, size: int = 32) -> None:
     """L1 + L2 + edge loss with a light KL term. Latents end standardized per channel."""
     torch.manual_seed(0)
-    vae, sprites, generator = new_vae(), load_sprites(), torch.Generator().manual_seed(1)
+    vae = AutoencoderKL.from_pretrained(EMOJI_MODEL / "vae").float() if begin else new_vae()
+    vae.to(memory_format=torch.channels_last).train()
+    sprites, generator = load_sprites(), torch.Generator().manual_seed(1 + begin)
 
     def loss(generator):
         x, *_ = batch(sprites, size, generator, Placement(colored=0.25))
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator)
-            y = vae.decode(posterior.mean + posterior.std * noise).sample
-        y = y.float()
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        y = vae.decode(posterior.mean + posterior.std * noise).sample
         l1, l2, edge = (y - x).abs().mean(), (y - x).square().mean(), (_edges(y) - _edges(x)).abs().mean()
-        kl = posterior.kl().float().mean()
+        kl = posterior.kl().mean()
         return {"loss": l1 + l2 + 2 * edge + 2e-6 * kl, "l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach()}
 
-    average = optimize("vae", vae, loss, steps=steps, peak=2e-3, generator=generator, log=EMOJI / "vae_log.csv",
-                       decay=0.995)
+    average = optimize("vae", vae, loss, steps=steps, begin=begin, peak=1e-3 if begin else 2e-3, generator=generator,
+                       log=EMOJI / "vae_log.csv", decay=0.995)
     vae.load_state_dict(average, strict=False)
     standardize(vae, batch(sprites, 1024, generator)[0])
     vae.half().save_pretrained(EMOJI_MODEL / "vae")
@@ -81,13 +85,110 @@ def standardize(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
     inner.bias[channels:] -= 2 * std.log()
 
 
+# ---- CLIP -----------------------------------------------------------------------------------------------------
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Text tower of 4 layers and width 384, vision tower of 4 layers and width 192 on 8 x 8 patches."""
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
+        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = dict(hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE,
+                  patch_size=8)  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=256))
+
+
+def contrastive(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    """InfoNCE over rows with several right answers: `same` (n, m) is true where row and column belong together."""
+    target = same.float() / same.sum(1, keepdim=True)
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+def train_clip(steps: int = 1000, begin: int = 0, pictures: int = 96, words_: int = 144, glosses: int = 32) -> None:
+    """Contrastive on pictures and captions, plus 4 (1 - cos) to the sentence encoder through a linear head.
+
+    The head is thrown away. Token embeddings start at the sentence encoder's embeddings of the token strings.
+    """
+    from erasekit.emoji import words
+
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
+    tokenizer = words.train_tokenizer()
+    captions_ = captions.pool(10, 1, generator)
+    vocabulary = words.vocabulary_texts()
+    clip = new_clip(tokenizer)
+    if begin:
+        clip = load_clip()
+    else:
+        pieces = [token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        rows = words.meanings(pieces, CHECKPOINTS / "meanings_pieces.safetensors")
+        clip.text_model.get_input_embeddings().weight.data.copy_(rows * 0.02 * rows.shape[1] ** 0.5)
+    module = torch.nn.ModuleDict({"clip": clip, "head": torch.nn.Linear(384, 384)})
+    caption_meanings = words.meanings(captions_.texts, CHECKPOINTS / "meanings_captions.safetensors")
+    word_meanings = words.meanings(vocabulary, CHECKPOINTS / "meanings_words.safetensors")
+    caption_ids = tokenizer(captions_.texts)["input_ids"]
+    word_ids = tokenizer(vocabulary, truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+    short = torch.tensor([i for i, ids in enumerate(word_ids) if len(ids) <= 10])
+    long = torch.tensor([i for i, ids in enumerate(word_ids) if len(ids) > 10])
+    table, sprites = captions_.table(), load_sprites()
+
+    def pooled(ids: list[list[int]]) -> torch.Tensor:
+        length = max(map(len, ids))
+        padded = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in ids])
+        return clip.text_model(padded).pooler_output
+
+    def loss(generator):
+        x, style, concept, background = batch(sprites, pictures, generator, Placement(colored=0.25))
+        named = torch.where(torch.rand(pictures, generator=generator) < 0.2, 0, style + 1)
+        slot = torch.randint(table.shape[-1], (pictures,), generator=generator)
+        rows = table[concept, named, background, slot]
+        short_rows = short[torch.randint(len(short), (words_,), generator=generator)]
+        long_rows = long[torch.randint(len(long), (glosses,), generator=generator)]
+        text = pooled([caption_ids[i] for i in rows] + [word_ids[i] for i in short_rows])
+        meaning = torch.cat([caption_meanings[rows], word_meanings[short_rows], word_meanings[long_rows]])
+        both = torch.cat([text, pooled([word_ids[i] for i in long_rows])])
+        distance = 1 - F.cosine_similarity(module["head"](both), meaning).mean()
+
+        image = clip.vision_model(x).pooler_output
+        image = F.normalize(clip.visual_projection(image), dim=-1)
+        text = F.normalize(clip.text_projection(text[:pictures]), dim=-1)
+        logits = clip.logit_scale.exp().clamp(max=100) * text @ image.T
+        same = (concept[:, None] == concept) & ((named[:, None] == 0) | (named[:, None] == style + 1))
+        same &= (background[:, None] == 0) | (background[:, None] == background)  # white is rarely named
+        match = contrastive(logits, same) / 2 + contrastive(logits.T, same.T) / 2
+        return {"loss": match + 4 * distance, "contrastive": match.detach(), "distance": distance.detach()}
+
+    average = optimize("clip", module, loss, steps=steps, begin=begin, peak=1e-3, generator=generator,
+                       log=EMOJI / "clip_log.csv", decay=0.996, weight_decay=0.05)
+    module.load_state_dict(average, strict=False)
+    save_clip(clip, tokenizer)
+
+
+def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+    """The text tower into the pipeline folder; the vision tower and what joins the two into data/emoji/clip."""
+    clip = clip.half()
+    text = CLIPTextModel(clip.config.text_config).half()
+    text.load_state_dict(clip.text_model.state_dict())
+    text.save_pretrained(EMOJI_MODEL / "text_encoder")
+    tokenizer.save_pretrained(EMOJI_MODEL / "tokenizer")
+    clip.config.save_pretrained(EMOJI_CLIP)
+    rest = {k: v.contiguous() for k, v in clip.state_dict().items() if not k.startswith("text_model.")}
+    save_file(rest, EMOJI_CLIP / "vision.safetensors", metadata={"format": "pt"})
+
+
 def main() -> None:
-    parts = {"vae": train_vae}
+    parts = {"vae": train_vae, "clip": train_clip}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
-    parser.add_argument("--steps", type=int, help="length of the whole run; more than before goes on from there")
-    arguments = parser.parse_args()
-    parts[arguments.part](**({"steps": arguments.steps} if arguments.steps else {}))
+    parser.add_argument("--steps", type=int, help="where the run ends")
+    parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not from nothing")
+    given = parser.parse_args()
+    options = {"steps": given.steps} if given.steps else {}
+    if given.go_on:
+        options["begin"] = last_step(EMOJI / f"{given.part}_log.csv")
+    parts[given.part](**options)
 
 
 if __name__ == "__main__":

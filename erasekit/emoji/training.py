@@ -68,26 +68,31 @@ def optimize(
     log: Path,
     decay: float = 0.999,
     weight_decay: float = 0.01,
+    begin: int = 0,
     save_every: int = 200,
     folder: Path = CHECKPOINTS,
 ) -> dict[str, torch.Tensor]:
-    """Minimize loss(generator)["loss"] and return the averaged weights.
+    """Minimize loss(generator)["loss"] over the steps begin to `steps` and return the averaged weights.
 
     Starts from `folder/name.safetensors` when it exists; with the same arguments, an interrupted run ends in the
-    weights of an uninterrupted one. Every 20th step appends the mean of each scalar to `log`. A loss that is not
-    finite raises FloatingPointError and leaves the last checkpoint in place.
+    weights of an uninterrupted one. A begin above 0 goes on from weights that an earlier run left, with a schedule
+    of its own. Every 20th step appends the mean of each scalar to `log`. A loss that is not finite raises
+    FloatingPointError and leaves the last checkpoint in place.
     """
     path = folder / f"{name}.safetensors"
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = {k: v.detach().clone().float() for k, v in module.named_parameters() if v.requires_grad}
-    start, spent = load_checkpoint(path, module, average, optimizer, generator) if path.exists() else (0, 0.0)
+    start, spent = begin, 0.0
+    if path.exists():
+        start, spent = load_checkpoint(path, module, average, optimizer, generator)
+    _cut(log, start)
     named = {k: v for k, v in module.named_parameters() if v.requires_grad}
     clock, window = time.perf_counter() - spent, []
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step - begin, steps - begin, peak)
         terms = loss(generator)
         if not torch.isfinite(terms["loss"]):
             raise FloatingPointError(f"{name}: loss is {terms['loss'].item()} at step {step}; "
@@ -96,24 +101,38 @@ def optimize(
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        rate = min(decay, (step + 1) / (step + 10))
+        rate = min(decay, (step - begin + 1) / (step - begin + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - rate)
         window.append({k: float(v) for k, v in terms.items()})
         if (step + 1) % 20 == 0:
             means = {k: sum(w[k] for w in window) / len(window) for k in window[0]}
             bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
             _append(log, {"step": step + 1, "seconds": round(time.perf_counter() - clock, 1),
-                          **{k: round(v, 6) for k, v in means.items()}}, fresh=step < 20)
+                          **{k: round(v, 6) for k, v in means.items()}})
             window = []
         if (step + 1) % save_every == 0 or step + 1 == steps:
             save_checkpoint(path, module, average, optimizer, step + 1, generator, time.perf_counter() - clock)
     return average
 
 
-def _append(path: Path, row: dict, fresh: bool) -> None:
+def _cut(path: Path, step: int) -> None:
+    """Drop the rows of a log past `step`: an interrupted run writes them again."""
+    if path.exists():
+        header, *rows = path.read_text().splitlines()
+        kept = [row for row in rows if int(row.partition(",")[0]) <= step]
+        path.write_text("\n".join([header, *kept]) + "\n") if kept else path.unlink()
+
+
+def _append(path: Path, row: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w" if fresh else "a", newline="") as file:
+    fresh = not path.exists()
+    with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow(row)
+
+
+def last_step(log: Path) -> int:
+    """The step that the last row of a training log is about."""
+    return int(log.read_text().splitlines()[-1].partition(",")[0])
