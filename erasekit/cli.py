@@ -1,4 +1,4 @@
-"""The command line: `python -m erasekit generate | erase | notebooks`.
+"""The command line: `python -m erasekit generate | erase | run | notebooks`.
 
 Bad input ends in one line on stderr and exit status 2; a failed notebook in exit status 1.
 Heavy imports happen inside the commands, so that --help is quick.
@@ -75,16 +75,48 @@ def erase(
 ) -> None:
     """Erase concepts from a model and save the edit; the model itself is not changed."""
     with _one_line_errors():
-        from erasekit.methods import METHODS
-
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
-        import erasekit as ek
-
-        edit = METHODS[method].fit(ek.load(model), erase=concepts, preserve=preserve or (), anchor=anchor)
+        _, edit = _fitted(method, concepts, preserve, anchor, model)
         out.parent.mkdir(parents=True, exist_ok=True)
         edit.save(out)
         typer.echo(f"{out}: {edit.kind}, {edit.nbytes} bytes")
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Argument(help="uce, rece, ...")],
+    concepts: Annotated[list[str], typer.Argument(help="What to erase.")],
+    out: Annotated[Path, typer.Option(help="The result to write (JSON).")],
+    preserve: Annotated[list[str] | None, typer.Option(help="What to keep; repeat for more.")] = None,
+    anchor: Annotated[
+        str | None, typer.Option(help="What to draw instead; the method's own default if absent.")
+    ] = None,
+) -> None:
+    """Erase from the emoji model, draw its whole world before and after, and write the judge's rates."""
+    with _one_line_errors():
+        import json
+
+        from erasekit.evaluate import world
+
+        model, edit = _fitted(method, concepts, preserve, anchor, "emoji")
+        result = world.measure(model, edit, progress=True)
+        kept = "".join(f" --preserve {json.dumps(name)}" for name in preserve or ())
+        named = " ".join(json.dumps(name) for name in concepts)
+        anchored = f" --anchor {json.dumps(anchor)}" if anchor is not None else ""
+        command = f"python -m erasekit run {method} {named}{kept}{anchored} --out {out.as_posix()}"
+        runner.write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")
+        before, after = (result[when]["target"]["rate"] for when in ("before", "after"))
+        typer.echo(f"{out}: target {before:.1%} to {after:.1%}, others fall by {result['others_fall']:.1%}")
+
+
+def _fitted(method: str, concepts: list[str], preserve: list[str] | None, anchor: str | None, model: str):
+    from erasekit.methods import METHODS
+
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
+    import erasekit as ek
+
+    loaded = ek.load(model)
+    return loaded, METHODS[method].fit(loaded, erase=concepts, preserve=preserve or (), anchor=anchor)
 
 
 @notebooks_app.command("run")

@@ -19,10 +19,10 @@ BACKGROUNDS = {  # a caption names the colour; without a name the background is 
 class Placement:
     """Ranges of the random placement. `scale` is the sprite's side over the picture's, `shift` a share of the side."""
 
-    scale: tuple[float, float] = (0.78, 1.0)
-    shift: float = 0.06
-    mirror: float = 0.5
-    colored: float = 0.15
+    scale: tuple[float, float] = (0.85, 1.0)
+    shift: float = 0.04
+    mirror: float = 0.25
+    colored: float = 0.12
 
 
 def load_sprites() -> torch.Tensor:

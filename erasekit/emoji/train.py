@@ -7,17 +7,22 @@
 """
 
 import argparse
+import os
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from erasekit.concepts import token_ids
 from erasekit.emoji import captions
 from erasekit.emoji.clip import load_clip
+from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
 from erasekit.emoji.training import CHECKPOINTS, last_step, optimize
+from erasekit.models import DiffusionModel
 from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_MODEL
 
 
@@ -27,6 +32,11 @@ def batch(sprites: torch.Tensor, n: int, generator: torch.Generator, placement=P
     concept = torch.randint(sprites.shape[1], (n,), generator=generator)
     pictures, background = place(sprites[style, concept], placement, generator)
     return pictures, style, concept, background
+
+
+# what looks at pictures learns from wider placements than what draws them
+WIDE = Placement(scale=(0.78, 1.0), shift=0.06, mirror=0.5, colored=0.25)
+JUDGE_PLACEMENT = Placement(scale=(0.6, 1.05), shift=0.1, colored=0.3, mirror=0.5)
 
 
 # ---- VAE ------------------------------------------------------------------------------------------------------
@@ -53,7 +63,7 @@ def train_vae(steps: int = 1300, begin: int = 0, size: int = 32) -> None:
     sprites, generator = load_sprites(), torch.Generator().manual_seed(1 + begin)
 
     def loss(generator):
-        x, *_ = batch(sprites, size, generator, Placement(colored=0.25))
+        x, *_ = batch(sprites, size, generator, WIDE)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         y = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -64,7 +74,7 @@ def train_vae(steps: int = 1300, begin: int = 0, size: int = 32) -> None:
     average = optimize("vae", vae, loss, steps=steps, begin=begin, peak=1e-3 if begin else 2e-3, generator=generator,
                        log=EMOJI / "vae_log.csv", decay=0.995)
     vae.load_state_dict(average, strict=False)
-    standardize(vae, batch(sprites, 1024, generator)[0])
+    standardize(vae, batch(sprites, 1024, generator, WIDE)[0])
     vae.half().save_pretrained(EMOJI_MODEL / "vae")
 
 
@@ -140,7 +150,7 @@ def train_clip(steps: int = 1000, begin: int = 0, pictures: int = 96, words_: in
         return clip.text_model(padded).pooler_output
 
     def loss(generator):
-        x, style, concept, background = batch(sprites, pictures, generator, Placement(colored=0.25))
+        x, style, concept, background = batch(sprites, pictures, generator, WIDE)
         named = torch.where(torch.rand(pictures, generator=generator) < 0.2, 0, style + 1)
         slot = torch.randint(table.shape[-1], (pictures,), generator=generator)
         rows = table[concept, named, background, slot]
@@ -178,8 +188,145 @@ def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
     save_file(rest, EMOJI_CLIP / "vision.safetensors", metadata={"format": "pt"})
 
 
+# ---- UNet -----------------------------------------------------------------------------------------------------
+
+UNCONDITIONAL = 0.1  # share of training captions that are dropped, for classifier-free guidance
+SNR_CAP = 5.0  # gamma of min-SNR weighting (Hang et al., ICCV 2023)
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's betas and its epsilon prediction."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+
+
+def new_unet() -> UNet2DConditionModel:
+    """17 M parameters on 8 x 8 x 16 latents, cross-attention at both resolutions and in between."""
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=16, out_channels=16, block_out_channels=(128, 256), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=384, attention_head_dim=[4, 8],
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def picture_pool(copies: int) -> dict[str, torch.Tensor]:
+    """Latents (styles, concepts, copies, 16, 8, 8) of random placements and their background index; kept on disk."""
+    path = CHECKPOINTS / "latents.safetensors"
+    if path.exists():
+        return load_file(path)
+    vae = AutoencoderKL.from_pretrained(EMOJI_MODEL / "vae").float().to(memory_format=torch.channels_last)
+    sprites, generator = load_sprites(), torch.Generator().manual_seed(3)
+    latents, backgrounds = [], []
+    for one in tqdm(sprites.flatten(0, 1), desc="encoding pictures", mininterval=10):
+        pictures, background = place(one.expand(copies, *one.shape), Placement(), generator)
+        latents.append(vae.encode(pictures.to(memory_format=torch.channels_last)).latent_dist.mean.half())
+        backgrounds.append(background)
+    pool = {"latents": torch.stack(latents).unflatten(0, sprites.shape[:2]).contiguous(),
+            "background": torch.stack(backgrounds).unflatten(0, sprites.shape[:2])}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(pool, path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+    return pool
+
+
+@torch.no_grad()
+def caption_embeddings(texts: list[str]) -> torch.Tensor:
+    """Output of the frozen text tower, float16 (n, 32, 384)."""
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI_MODEL / "tokenizer")
+    tower = CLIPTextModel.from_pretrained(EMOJI_MODEL / "text_encoder").float().eval()
+    parts = tqdm(token_ids(tokenizer, texts).split(256), desc="encoding captions", mininterval=10)
+    return torch.cat([tower(ids)[0].half() for ids in parts])
+
+
+def train_unet(steps: int = 5000, begin: int = 0, size: int = 48, copies: int = 24) -> None:
+    """Epsilon prediction with min-SNR weights on cached latents, from the frozen text tower's cached outputs."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(5)
+    texts = captions.pool(14, 3, generator, name=0.55)
+    table = texts.table()
+    context, empty = caption_embeddings(texts.texts), caption_embeddings([""])[0]
+    pictures = picture_pool(copies)
+    latents, backgrounds = pictures["latents"], pictures["background"]
+    scheduler = new_scheduler()
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    unet = UNet2DConditionModel.from_pretrained(EMOJI_MODEL / "unet").float() if begin else new_unet()
+    generator.manual_seed(6 + begin)
+
+    def loss(generator):
+        uniform = lambda *shape: torch.rand(*shape, generator=generator)
+        style, concept, copy = (torch.randint(n, (size,), generator=generator) for n in latents.shape[:3])
+        x = latents[style, concept, copy].float()
+        named = torch.where(uniform(size) < 0.15, 0, style + 1)
+        slot = torch.randint(table.shape[-1], (size,), generator=generator)
+        text = context[table[concept, named, backgrounds[style, concept, copy], slot]].float()
+        text[uniform(size) < UNCONDITIONAL] = empty.float()
+        t = ((torch.arange(size) + uniform(size)) / size * 1000).long()  # one time step from each of `size` bins
+        noise = torch.randn(x.shape, generator=generator)
+        prediction = unet(scheduler.add_noise(x, noise, t), t, encoder_hidden_states=text, return_dict=False)[0]
+        error = (prediction - noise).square().mean((1, 2, 3))
+        return {"loss": (error * snr[t].clamp(max=SNR_CAP) / snr[t]).mean(), "error": error.mean().detach()}
+
+    average = optimize("unet", unet, loss, steps=steps, begin=begin, peak=1e-3, generator=generator,
+                       log=EMOJI / "unet_log.csv", decay=0.999, weight_decay=0.01)
+    unet.load_state_dict(average)
+    unet.half().save_pretrained(EMOJI_MODEL / "unet")
+    save_pipeline()
+
+
+def save_pipeline() -> None:
+    """Join the trained parts into one stock pipeline folder, in half precision."""
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(EMOJI_MODEL / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(EMOJI_MODEL / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(EMOJI_MODEL / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(EMOJI_MODEL / "unet"),
+        scheduler=new_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    DiffusionModel(pipeline.to(torch.float16), "emoji").save_pretrained(EMOJI_MODEL)
+
+
+# ---- judge ----------------------------------------------------------------------------------------------------
+
+def degrade(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Soften, recolor and add noise to pictures in [-1, 1]: what is drawn stays, how well it is drawn does not."""
+    n = len(x)
+    uniform = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+    soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    softer = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bilinear", align_corners=False)
+    blurred = torch.lerp(x, torch.lerp(soft, softer, uniform(0, 0.7)), uniform(0, 1) * (uniform(0, 1) < 0.5))
+    colored = (blurred + uniform(-0.06, 0.06)) * uniform(0.88, 1.08)
+    noise = F.avg_pool2d(torch.randn(x.shape, generator=generator), 3, 1, 1)
+    return (colored + uniform(0, 0.25) * (uniform(0, 1) < 0.5) * noise).clamp(-1, 1)
+
+
+def train_judge(steps: int = 1000, begin: int = 0, size: int = 64) -> None:
+    """Cross-entropy on object and style of real, augmented pictures."""
+    torch.manual_seed(0)
+    judge = Judge()
+    if begin:
+        judge.load_state_dict(load_file(EMOJI_JUDGE))
+    judge.float().to(memory_format=torch.channels_last)
+    sprites, generator = load_sprites(), torch.Generator().manual_seed(4 + begin)
+
+    def loss(generator):
+        x, style, concept, _ = batch(sprites, size, generator, JUDGE_PLACEMENT)
+        objects, styles = judge(degrade(x, generator))
+        about_object = F.cross_entropy(objects, concept, label_smoothing=0.05)
+        about_style = F.cross_entropy(styles, style, label_smoothing=0.05)
+        right = (objects.argmax(1) == concept).float().mean()
+        return {"loss": about_object + about_style, "object": about_object.detach(), "style": about_style.detach(),
+                "right": right}  # fmt: skip
+
+    average = optimize("judge", judge, loss, steps=steps, begin=begin, peak=2e-3, generator=generator,
+                       log=EMOJI / "judge_log.csv", decay=0.995, weight_decay=0.05)
+    save_file({k: v.half().contiguous() for k, v in average.items()}, EMOJI_JUDGE, metadata={"format": "pt"})
+
+
 def main() -> None:
-    parts = {"vae": train_vae, "clip": train_clip}
+    parts = {"vae": train_vae, "clip": train_clip, "unet": train_unet, "judge": train_judge}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--steps", type=int, help="where the run ends")

@@ -1,0 +1,56 @@
+"""Exercises of the notebooks: a reference solution and a check that takes the student's function.
+
+Each check raises AssertionError with a hint, or prints that all is well.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from erasekit import closed_form
+
+
+def target_rate(shown: Sequence[str], erased: str) -> float:
+    """Share of pictures on which the judge sees the erased concept."""
+    return sum(what == erased for what in shown) / len(shown)
+
+
+def check_target_rate(theirs: Callable[[Sequence[str], str], float]) -> None:
+    """Notebook 00, exercise 1."""
+    for shown, expected in ((["church"] * 3 + ["castle"], 0.75), (["dog", "cat"], 0.0), (["church"], 1.0)):
+        found = theirs(shown, "church")
+        assert abs(found - expected) < 1e-9, f"for {shown} the target rate is {expected}, yours is {found}"
+    print("target_rate: all tests passed")
+
+
+def classifier_free_guidance(unconditional: Tensor, text: Tensor, guidance: float) -> Tensor:
+    """e_uncond + w (e_text - e_uncond)."""
+    return unconditional + guidance * (text - unconditional)
+
+
+def check_guidance(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 01, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, generator=generator) for _ in range(2))
+    for w, expected, hint in ((0.0, a, "the unconditional prediction"), (1.0, b, "the text prediction")):
+        assert torch.allclose(theirs(a, b, w), expected, atol=1e-6), f"guidance {w:g} should give {hint}"
+    assert torch.allclose(theirs(a, b, 3.0), 3 * b - 2 * a, atol=1e-5), "guidance 3 should extrapolate beyond the text"
+    print("guidance: all tests passed")
+
+
+def one_pair_map(source: Tensor, target: Tensor, lam: float) -> Tensor:
+    """T for one erased row and nothing preserved: I + (c* - c) c^T / (lam + ||c||^2), from vectors (d,)."""
+    return torch.eye(len(source)).to(source) + torch.outer(target - source, source) / (lam + source @ source)
+
+
+def check_one_pair_map(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 10, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    for lam in (0.1, 1.0, 10.0):
+        c, c_star = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        expected = closed_form.solve(c[None], c_star[None], lam=lam).matrix()
+        found = theirs(c, c_star, lam)
+        assert found.shape == (5, 5), f"T is (d, d), here (5, 5); yours is {tuple(found.shape)}"
+        assert torch.allclose(found, expected), f"with lam={lam} your T is off by {(found - expected).abs().max():.2g}"
+    print("one_pair_map: all tests passed")

@@ -1,0 +1,276 @@
+"""The emoji world: shipped files, captions, resumable training, and the trained parts themselves."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import erasekit as ek
+from erasekit.emoji import captions, clip, data, judge, training
+from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
+from erasekit.emoji.report import measure, phrase_prompts, real_pictures
+from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
+from erasekit.evaluate import metrics, world
+from erasekit.paths import EMOJI, EMOJI_MODEL
+
+
+@pytest.fixture(scope="module")
+def emoji() -> ek.DiffusionModel:
+    return ek.load("emoji", device="cpu")
+
+
+# ---- shipped files -------------------------------------------------------------------------------------------
+
+
+def test_every_concept_in_every_style():
+    concepts, sprites = data.concepts(), data.sprites()
+    assert len(concepts) == 104 and sprites.shape == (5, 104, 96, 96, 4)
+    assert [c.cell for c in concepts] == list(range(104)) and len({c.name for c in concepts}) == 104
+    covered = (sprites[..., 3] > 127).mean((2, 3))
+    assert covered.min() > 0.03  # no cell is blank
+    assert sum(c.cifar for c in concepts) == 10 and sum(c.weapon for c in concepts) >= 7
+    assert {"church", "parachute", "truck", "fish", "castle", "house", "pizza"} <= {c.name for c in concepts}
+    assert len(data.heldout()) == 269
+
+
+@pytest.mark.parametrize("name", ["concepts.csv", "heldout.csv", "sheet_ink.png"])
+def test_damaged_file_is_named(tmp_path, name):
+    for file in (*json.loads((EMOJI / data.CHECKSUMS).read_text()), data.CHECKSUMS):
+        shutil.copy(EMOJI / file, tmp_path / file)
+    assert len(data.concepts(tmp_path)) == 104  # control
+    data.concepts.cache_clear()
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-20] + bytes(20))
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*git checkout -- data/emoji/{name}"):
+        data.verified(name, tmp_path)
+
+
+def test_every_asset_has_a_licence():
+    table = (EMOJI / "LICENSES.md").read_text()
+    for file in EMOJI.iterdir():
+        if file.suffix in (".png", ".csv") and not file.name.endswith("_log.csv"):
+            assert f"`{file.name}`" in table, file.name
+
+
+def test_no_caption_holds_a_held_out_phrase():
+    generator = torch.Generator().manual_seed(0)
+    texts = captions.pool(8, 1, generator, name=0.2, synonym=0.4).texts
+    padded = [f" {text.lower().replace(',', ' ,').rstrip('.')} " for text in texts]
+    for held in data.heldout():
+        about = [text for text in padded if f" {held.text} " in text]
+        assert not about, (held, about[:2])
+    assert any(" hatchet " in text for text in padded)  # control: a trained synonym is there
+
+
+def test_captions_say_what_is_drawn():
+    pool = captions.pool(4, 2, torch.Generator().manual_seed(0))
+    colors = list(BACKGROUNDS)
+    for text, style, background in zip(pool.texts, pool.style.tolist(), pool.background.tolist(), strict=True):
+        named = [s for s in data.STYLES if f"{s} " in text.lower() + " "]
+        assert (style < 0 and not named) or data.STYLES[style] in named, text
+        assert background == 0 or text.endswith(f"on a {colors[background]} background")
+    table = pool.table()
+    assert table.shape == (104, 6, 6, 4)
+    assert (pool.concept[table] == torch.arange(104)[:, None, None, None]).all()
+    assert (pool.style[table] == torch.arange(-1, 5)[None, :, None, None]).all()
+
+
+def test_placement_is_the_sprite_on_a_background():
+    sprites = load_sprites()[0, :3]
+    still = Placement(scale=(1.0, 1.0), shift=0.0, mirror=0.0, colored=0.0)
+    pictures, background = place(sprites, still, torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(
+        (sprites[:, :3] + 1 - sprites[:, 3:]).float(), 64, mode="bilinear", antialias=True, align_corners=False
+    )
+    assert (background == 0).all() and (pictures / 2 + 0.5 - expected).abs().mean() < 0.02
+    moved, _ = place(sprites, Placement(), torch.Generator().manual_seed(0))
+    assert (moved - pictures).abs().mean() > 0.05  # control
+
+
+# ---- training ------------------------------------------------------------------------------------------------
+
+
+def tiny_run(folder, steps, stop_at=None, nan_at=None):
+    torch.manual_seed(0)
+    module, generator = torch.nn.Linear(3, 1), torch.Generator().manual_seed(1)
+    calls = []
+
+    def loss(generator):
+        calls.append(1)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 3, generator=generator)
+        value = (module(x) - x.sum(1, keepdim=True)).square().mean()
+        return {"loss": value * float("nan") if len(calls) == nan_at else value}
+
+    return training.optimize(
+        "tiny", module, loss, steps=steps, peak=1e-2, generator=generator, log=folder / "log.csv", save_every=20,
+        folder=folder,
+    )  # fmt: skip
+
+
+def test_interrupted_training_ends_in_the_same_weights(tmp_path):
+    whole = tiny_run(tmp_path / "a", 80)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path / "b", 80, stop_at=53)
+    resumed = tiny_run(tmp_path / "b", 80)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "b" / "log.csv").open())]
+    assert steps == [20, 40, 60, 80]
+    shorter = tiny_run(tmp_path / "c", 60)
+    assert not torch.equal(whole["weight"], shorter["weight"])  # control
+
+
+def test_training_stops_at_nan_and_keeps_the_last_good_state(tmp_path):
+    with pytest.raises(FloatingPointError, match="tiny: loss is nan at step 29; the last good state is"):
+        tiny_run(tmp_path, 80, nan_at=30)
+    assert (tmp_path / "tiny.safetensors").exists()
+    assert len(tiny_run(tmp_path, 40)) == 2
+
+
+def test_contrastive_loss_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    one = torch.log(torch.tensor(1 + np.exp(-2.0)))
+    assert torch.isclose(contrastive(logits, torch.eye(2, dtype=torch.bool)), one.float())
+    both = torch.ones(2, 2, dtype=torch.bool)  # every column is right: the mean of both log-probabilities
+    assert torch.isclose(contrastive(logits, both), (one + 1).float())
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------
+
+
+def test_wilson_interval_by_hand():
+    found = metrics.rate(8, 10)
+    assert found["k"] == 8 and found["n"] == 10 and found["rate"] == 0.8
+    assert found["low"] == pytest.approx(0.4902, abs=1e-4) and found["high"] == pytest.approx(0.9433, abs=1e-4)
+    assert metrics.rate(0, 10)["low"] == 0 and metrics.rate(0, 10)["high"] > 0.2
+    assert metrics.separated(metrics.rate(5, 100), metrics.rate(95, 100))
+    assert not metrics.separated(metrics.rate(5, 10), metrics.rate(7, 10))
+    for k, n in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="a rate needs"):
+            metrics.rate(k, n)
+
+
+# ---- the trained world ---------------------------------------------------------------------------------------
+
+
+def test_stock_diffusers_draws_without_our_code(emoji):
+    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI_MODEL, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline(
+        ["a dog in flat style"], num_inference_steps=25, guidance_scale=5.0, height=64, width=64,
+        generator=[torch.Generator().manual_seed(3)],
+    ).images  # fmt: skip
+    ours = emoji.generate(["a dog in flat style"], seeds=[3])
+    assert np.abs(np.asarray(stock[0], int) - np.asarray(ours[0], int)).max() <= 1
+    assert judge.probabilities(stock)[0].argmax() == [c.name for c in data.concepts()].index("dog")
+
+
+def test_tokenizer_has_words_of_several_pieces(emoji):
+    pieces = {c.name: len(emoji.tokenizer.tokenize(c.name)) for c in data.concepts()}
+    assert 10 <= sum(count > 1 for count in pieces.values()) <= 60
+    assert emoji.tokenizer.model_max_length == 32 and 2000 <= len(emoji.tokenizer) <= 4000
+    assert emoji.tokenizer.pad_token_id == emoji.tokenizer.eos_token_id
+
+
+def test_judge_and_clip_know_real_pictures():
+    generator = torch.Generator().manual_seed(99)
+    pictures, style, concept = real_pictures(1, generator, JUDGE_PLACEMENT)
+    objects, styles = judge.probabilities(degrade(pictures, generator))
+    assert (objects.argmax(1) == concept).float().mean() > 0.97
+    assert (styles.argmax(1) == style).float().mean() > 0.97
+    pictures, _, concept = real_pictures(1, generator, Placement())
+    names = clip.text_features([f"a {c.name}" for c in data.concepts()])
+    assert ((clip.picture_features(pictures) @ names.T).argmax(1) == concept).float().mean() > 0.9
+    noise = torch.randn(200, 3, 64, 64, generator=generator).clamp(-1, 1)
+    assert judge.probabilities(noise)[0].max(1).values.mean() < 0.9  # control: it is less sure about nothing
+
+
+def test_report_is_about_these_weights(emoji):
+    report = json.loads((EMOJI / "report.json").read_text())
+    assert report["fingerprint"] == emoji.fingerprint()
+    assert report["concepts"] == 104 and report["weights_mb"] < 64
+    for key in ("generated_object", "generated_style", "clip_zero_shot_object", "judge_real_object"):
+        assert set(report[key]) == {"k", "n", "rate", "low", "high"}
+    assert report["generated_object"]["n"] == 104 * 5 * 5
+    assert callable(measure)
+
+
+def test_prompts_of_the_report():
+    assert len(phrase_prompts("synonym")) == sum(h.kind == "synonym" for h in data.heldout())
+    assert {p.style for p in phrase_prompts("trained")} == set(data.STYLES)
+
+
+def test_judged_resumes_and_counts_applied_edits(emoji, tmp_path, monkeypatch):
+    prompts = world.grid(["church", "castle"], ["flat"])
+    first = world.judged(emoji, prompts, [0, 1], steps=4, folder=tmp_path)
+    assert list(first.seed) == [0, 0, 1, 1] and list(first.concept) == ["church", "castle"] * 2
+    edit = ek.uce.fit(emoji, "church")
+    with edit.applied(emoji):
+        edited = world.judged(emoji, prompts, [0, 1], steps=4, folder=tmp_path)
+    assert not first.probability.equals(edited.probability)
+    monkeypatch.setattr(world, "_draw", lambda *_: pytest.fail("drawn again"))
+    assert world.judged(emoji, prompts, [0, 1], steps=4, folder=tmp_path).equals(first)
+
+
+def test_erasure_by_hand():
+    import pandas as pd
+
+    prompts = [("church", "flat"), ("dog", "flat"), ("dog", "ink"), ("church", "ink")]
+    table = pd.DataFrame(
+        [{"concept": c, "style": s, "prompt": f"{c} {s}", "seed": 0, "shown": c, "drawn_style": s} for c, s in prompts]
+    )
+    after = table.assign(shown=["castle", "dog", "cat", "church"], drawn_style=["flat", "flat", "flat", "ink"])
+    result = world.erasure(table, after, ["church"])
+    assert result["before"]["target"]["k"] == 2 and result["after"]["target"]["k"] == 1
+    assert result["after"]["others"] == metrics.rate(1, 2) and result["others_fall"] == 0.5
+    style = world.erasure(table, after, ["ink"])
+    assert style["after"]["target"] == metrics.rate(1, 2) and style["after"]["others"]["k"] == 2
+    assert style["after"]["objects"] == metrics.rate(2, 4)
+    with pytest.raises(ValueError, match="none of the prompts is about whale"):
+        world.erasure(table, after, ["whale"])
+    with pytest.raises(ValueError, match="same prompts and seeds"):
+        world.erasure(table, after.iloc[::-1], ["church"])
+
+
+@pytest.mark.slow
+def test_erasing_an_object_end_to_end(emoji, tmp_path):
+    """The model could draw it, cannot after the edit, still draws the rest, and is back after undo."""
+    prompts = world.grid(["church", "castle", "house", "dog", "pizza", "guitar"])
+    before = world.judged(emoji, prompts, [0, 1], folder=tmp_path)
+    edit = ek.uce.fit(emoji, "church", preserve=["castle", "house", "mosque"])
+    with edit.applied(emoji):
+        after = world.judged(emoji, prompts, [0, 1], folder=tmp_path)
+    result = world.erasure(before, after, ["church"])
+    assert result["before"]["target"]["rate"] >= 0.8
+    assert result["after"]["target"]["rate"] <= 0.1
+    assert result["others_fall"] < 0.1
+    random = world.judged(emoji, prompts[:5], [0], guidance=0.0, folder=tmp_path)
+    assert (random.shown == random.concept).mean() < 0.5  # control: without the text the judge sees no church
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [("", "a prompt must be text that says something"), ("a dog " * 20, "tokens, the limit is 30")],
+)
+def test_bad_prompts(emoji, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        emoji.generate([prompt])
+
+
+def test_unknown_concept(emoji):
+    with pytest.raises(ValueError, match="unknown concept 'chirch': did you mean 'church'"):
+        ek.uce.fit(emoji, "chirch")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_same_pictures_on_a_gpu(emoji):
+    on_gpu = ek.load("emoji", device="cuda", dtype="float32")
+    prompts = [p.text for p in world.grid()[:8]]
+    a, b = (clip.to_tensor(m.generate(prompts, seeds=[0])) for m in (emoji, on_gpu))
+    assert (a - b).abs().mean() < 0.02
