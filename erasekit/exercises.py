@@ -35,7 +35,9 @@ def check_guidance(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     a, b = (torch.randn(2, 3, generator=generator) for _ in range(2))
     for w, expected, hint in ((0.0, a, "the unconditional prediction"), (1.0, b, "the text prediction")):
         assert torch.allclose(theirs(a, b, w), expected, atol=1e-6), f"guidance {w:g} should give {hint}"
-    assert torch.allclose(theirs(a, b, 3.0), 3 * b - 2 * a, atol=1e-5), "guidance 3 should extrapolate beyond the text"
+    assert torch.allclose(theirs(a, b, 3.0), 3 * b - 2 * a, atol=1e-5), (
+        "guidance 3 should extrapolate beyond the text"
+    )
     print("guidance: all tests passed")
 
 
@@ -52,5 +54,7 @@ def check_one_pair_map(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> Non
         expected = closed_form.solve(c[None], c_star[None], lam=lam).matrix()
         found = theirs(c, c_star, lam)
         assert found.shape == (5, 5), f"T is (d, d), here (5, 5); yours is {tuple(found.shape)}"
-        assert torch.allclose(found, expected), f"with lam={lam} your T is off by {(found - expected).abs().max():.2g}"
+        assert torch.allclose(found, expected), (
+            f"with lam={lam} your T is off by {(found - expected).abs().max():.2g}"
+        )
     print("one_pair_map: all tests passed")

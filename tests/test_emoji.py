@@ -69,7 +69,9 @@ def test_no_caption_holds_a_held_out_phrase():
 def test_captions_say_what_is_drawn():
     pool = captions.pool(4, 2, torch.Generator().manual_seed(0))
     colors = list(BACKGROUNDS)
-    for text, style, background in zip(pool.texts, pool.style.tolist(), pool.background.tolist(), strict=True):
+    for text, style, background in zip(
+        pool.texts, pool.style.tolist(), pool.background.tolist(), strict=True
+    ):
         named = [s for s in data.STYLES if f"{s} " in text.lower() + " "]
         assert (style < 0 and not named) or data.STYLES[style] in named, text
         assert background == 0 or text.endswith(f"on a {colors[background]} background")
@@ -84,7 +86,11 @@ def test_placement_is_the_sprite_on_a_background():
     still = Placement(scale=(1.0, 1.0), shift=0.0, mirror=0.0, colored=0.0)
     pictures, background = place(sprites, still, torch.Generator().manual_seed(0))
     expected = torch.nn.functional.interpolate(
-        (sprites[:, :3] + 1 - sprites[:, 3:]).float(), 64, mode="bilinear", antialias=True, align_corners=False
+        (sprites[:, :3] + 1 - sprites[:, 3:]).float(),
+        64,
+        mode="bilinear",
+        antialias=True,
+        align_corners=False,
     )
     assert (background == 0).all() and (pictures / 2 + 0.5 - expected).abs().mean() < 0.02
     moved, _ = place(sprites, Placement(), torch.Generator().manual_seed(0))
@@ -146,7 +152,9 @@ def test_contrastive_loss_by_hand():
 def test_wilson_interval_by_hand():
     found = metrics.rate(8, 10)
     assert found["k"] == 8 and found["n"] == 10 and found["rate"] == 0.8
-    assert found["low"] == pytest.approx(0.4902, abs=1e-4) and found["high"] == pytest.approx(0.9433, abs=1e-4)
+    assert found["low"] == pytest.approx(0.4902, abs=1e-4) and found["high"] == pytest.approx(
+        0.9433, abs=1e-4
+    )
     assert metrics.rate(0, 10)["low"] == 0 and metrics.rate(0, 10)["high"] > 0.2
     assert metrics.separated(metrics.rate(5, 100), metrics.rate(95, 100))
     assert not metrics.separated(metrics.rate(5, 10), metrics.rate(7, 10))
@@ -222,9 +230,14 @@ def test_erasure_by_hand():
 
     prompts = [("church", "flat"), ("dog", "flat"), ("dog", "ink"), ("church", "ink")]
     table = pd.DataFrame(
-        [{"concept": c, "style": s, "prompt": f"{c} {s}", "seed": 0, "shown": c, "drawn_style": s} for c, s in prompts]
+        [
+            {"concept": c, "style": s, "prompt": f"{c} {s}", "seed": 0, "shown": c, "drawn_style": s}
+            for c, s in prompts
+        ]
     )
-    after = table.assign(shown=["castle", "dog", "cat", "church"], drawn_style=["flat", "flat", "flat", "ink"])
+    after = table.assign(
+        shown=["castle", "dog", "cat", "church"], drawn_style=["flat", "flat", "flat", "ink"]
+    )
     result = world.erasure(table, after, ["church"])
     assert result["before"]["target"]["k"] == 2 and result["after"]["target"]["k"] == 1
     assert result["after"]["others"] == metrics.rate(1, 2) and result["others_fall"] == 0.5

@@ -82,10 +82,12 @@ class Pool:
     def table(self) -> Tensor:
         """Rows of the pool by [concept, style + 1, background, i], int64; each cell is filled by repetition."""
         cells: dict[tuple, list[int]] = {}
-        for row, cell in enumerate(zip(self.concept.tolist(), (self.style + 1).tolist(), self.background.tolist())):
+        for row, cell in enumerate(
+            zip(*(axis.tolist() for axis in (self.concept, self.style + 1, self.background)), strict=True)
+        ):
             cells.setdefault(cell, []).append(row)
         most = max(map(len, cells.values()))
-        shape = [1 + max(axis) for axis in zip(*cells)]
+        shape = [1 + max(axis) for axis in zip(*cells, strict=True)]
         table = torch.zeros(*shape, most, dtype=torch.int64)
         for cell, rows in cells.items():
             table[cell] = torch.tensor((rows * most)[:most])

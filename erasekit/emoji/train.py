@@ -1,9 +1,9 @@
 """Train the parts of the emoji world, in this order (each resumes where it stopped; see training.py):
 
-    python -m erasekit.emoji.train vae      # pictures <-> 8 x 8 x 16 latents
-    python -m erasekit.emoji.train clip     # text and vision towers (needs the `train` extra)
-    python -m erasekit.emoji.train unet     # the diffusion model
-    python -m erasekit.emoji.train judge    # the referee, from real pictures alone
+python -m erasekit.emoji.train vae      # pictures <-> 8 x 8 x 16 latents
+python -m erasekit.emoji.train clip     # text and vision towers (needs the `train` extra)
+python -m erasekit.emoji.train unet     # the diffusion model
+python -m erasekit.emoji.train judge    # the referee, from real pictures alone
 """
 
 import argparse
@@ -23,10 +23,10 @@ from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
 from erasekit.emoji.training import CHECKPOINTS, last_step, optimize
 from erasekit.models import DiffusionModel
-from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_MODEL
+from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_JUDGE, EMOJI_MODEL
 
 
-def batch(sprites: torch.Tensor, n: int, generator: torch.Generator, placement=Placement()):
+def batch(sprites: torch.Tensor, n: int, generator: torch.Generator, placement: Placement):
     """n random pictures (n, 3, 64, 64) with their style, concept and background indices, each (n,)."""
     style = torch.randint(sprites.shape[0], (n,), generator=generator)
     concept = torch.randint(sprites.shape[1], (n,), generator=generator)
@@ -45,9 +45,16 @@ JUDGE_PLACEMENT = Placement(scale=(0.6, 1.05), shift=0.1, colored=0.3, mirror=0.
 def new_vae() -> AutoencoderKL:
     """64 x 64 x 3 pixels to 8 x 8 x 16 latents."""
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=16, sample_size=64, norm_num_groups=16, layers_per_block=1,
-        block_out_channels=(32, 64, 128, 128), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=1.0,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=16,
+        sample_size=64,
+        norm_num_groups=16,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=1.0,
     )
 
 
@@ -69,10 +76,24 @@ def train_vae(steps: int = 1300, begin: int = 0, size: int = 32) -> None:
         y = vae.decode(posterior.mean + posterior.std * noise).sample
         l1, l2, edge = (y - x).abs().mean(), (y - x).square().mean(), (_edges(y) - _edges(x)).abs().mean()
         kl = posterior.kl().mean()
-        return {"loss": l1 + l2 + 2 * edge + 2e-6 * kl, "l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach()}
+        return {
+            "loss": l1 + l2 + 2 * edge + 2e-6 * kl,
+            "l1": l1.detach(),
+            "edge": edge.detach(),
+            "kl": kl.detach(),
+        }
 
-    average = optimize("vae", vae, loss, steps=steps, begin=begin, peak=1e-3 if begin else 2e-3, generator=generator,
-                       log=EMOJI / "vae_log.csv", decay=0.995)
+    average = optimize(
+        "vae",
+        vae,
+        loss,
+        steps=steps,
+        begin=begin,
+        peak=1e-3 if begin else 2e-3,
+        generator=generator,
+        log=EMOJI / "vae_log.csv",
+        decay=0.995,
+    )
     vae.load_state_dict(average, strict=False)
     standardize(vae, batch(sprites, 1024, generator, WIDE)[0])
     vae.half().save_pretrained(EMOJI_MODEL / "vae")
@@ -116,10 +137,13 @@ def contrastive(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
-def train_clip(steps: int = 1000, begin: int = 0, pictures: int = 96, words_: int = 144, glosses: int = 32) -> None:
+def train_clip(
+    steps: int = 1000, begin: int = 0, pictures: int = 96, words_: int = 144, glosses: int = 32
+) -> None:
     """Contrastive on pictures and captions, plus 4 (1 - cos) to the sentence encoder through a linear head.
 
-    The head is thrown away. Token embeddings start at the sentence encoder's embeddings of the token strings.
+    The head is thrown away. Token embeddings start at the sentence encoder's embeddings of the token strings. A run
+    that goes on leaves the text tower as it is, since the UNet has learned to read it, and trains the vision tower.
     """
     from erasekit.emoji import words
 
@@ -132,10 +156,17 @@ def train_clip(steps: int = 1000, begin: int = 0, pictures: int = 96, words_: in
     if begin:
         clip = load_clip()
     else:
-        pieces = [token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        pieces = [
+            token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        ]
         rows = words.meanings(pieces, CHECKPOINTS / "meanings_pieces.safetensors")
         clip.text_model.get_input_embeddings().weight.data.copy_(rows * 0.02 * rows.shape[1] ** 0.5)
-    module = torch.nn.ModuleDict({"clip": clip, "head": torch.nn.Linear(384, 384)})
+    head = torch.nn.Linear(384, 384)
+    if begin:
+        for part in (clip.text_model, clip.text_projection, head):
+            part.requires_grad_(False)
+        words_, glosses = 1, 1
+    module = torch.nn.ModuleDict({"clip": clip, "head": head})
     caption_meanings = words.meanings(captions_.texts, CHECKPOINTS / "meanings_captions.safetensors")
     word_meanings = words.meanings(vocabulary, CHECKPOINTS / "meanings_words.safetensors")
     caption_ids = tokenizer(captions_.texts)["input_ids"]
@@ -159,7 +190,7 @@ def train_clip(steps: int = 1000, begin: int = 0, pictures: int = 96, words_: in
         text = pooled([caption_ids[i] for i in rows] + [word_ids[i] for i in short_rows])
         meaning = torch.cat([caption_meanings[rows], word_meanings[short_rows], word_meanings[long_rows]])
         both = torch.cat([text, pooled([word_ids[i] for i in long_rows])])
-        distance = 1 - F.cosine_similarity(module["head"](both), meaning).mean()
+        distance = 1 - F.cosine_similarity(head(both), meaning).mean()
 
         image = clip.vision_model(x).pooler_output
         image = F.normalize(clip.visual_projection(image), dim=-1)
@@ -170,8 +201,18 @@ def train_clip(steps: int = 1000, begin: int = 0, pictures: int = 96, words_: in
         match = contrastive(logits, same) / 2 + contrastive(logits.T, same.T) / 2
         return {"loss": match + 4 * distance, "contrastive": match.detach(), "distance": distance.detach()}
 
-    average = optimize("clip", module, loss, steps=steps, begin=begin, peak=1e-3, generator=generator,
-                       log=EMOJI / "clip_log.csv", decay=0.996, weight_decay=0.05)
+    average = optimize(
+        "clip",
+        module,
+        loss,
+        steps=steps,
+        begin=begin,
+        peak=1e-3,
+        generator=generator,
+        log=EMOJI / "clip_log.csv",
+        decay=0.996,
+        weight_decay=0.05,
+    )
     module.load_state_dict(average, strict=False)
     save_clip(clip, tokenizer)
 
@@ -263,14 +304,28 @@ def train_unet(steps: int = 5000, begin: int = 0, size: int = 48, copies: int = 
         slot = torch.randint(table.shape[-1], (size,), generator=generator)
         text = context[table[concept, named, backgrounds[style, concept, copy], slot]].float()
         text[uniform(size) < UNCONDITIONAL] = empty.float()
-        t = ((torch.arange(size) + uniform(size)) / size * 1000).long()  # one time step from each of `size` bins
+        t = (
+            (torch.arange(size) + uniform(size)) / size * 1000
+        ).long()  # one time step from each of `size` bins
         noise = torch.randn(x.shape, generator=generator)
-        prediction = unet(scheduler.add_noise(x, noise, t), t, encoder_hidden_states=text, return_dict=False)[0]
+        prediction = unet(scheduler.add_noise(x, noise, t), t, encoder_hidden_states=text, return_dict=False)[
+            0
+        ]
         error = (prediction - noise).square().mean((1, 2, 3))
         return {"loss": (error * snr[t].clamp(max=SNR_CAP) / snr[t]).mean(), "error": error.mean().detach()}
 
-    average = optimize("unet", unet, loss, steps=steps, begin=begin, peak=1e-3, generator=generator,
-                       log=EMOJI / "unet_log.csv", decay=0.999, weight_decay=0.01)
+    average = optimize(
+        "unet",
+        unet,
+        loss,
+        steps=steps,
+        begin=begin,
+        peak=1e-3,
+        generator=generator,
+        log=EMOJI / "unet_log.csv",
+        decay=0.999,
+        weight_decay=0.01,
+    )
     unet.load_state_dict(average)
     unet.half().save_pretrained(EMOJI_MODEL / "unet")
     save_pipeline()
@@ -289,6 +344,7 @@ def save_pipeline() -> None:
 
 
 # ---- judge ----------------------------------------------------------------------------------------------------
+
 
 def degrade(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Soften, recolor and add noise to pictures in [-1, 1]: what is drawn stays, how well it is drawn does not."""
@@ -320,17 +376,31 @@ def train_judge(steps: int = 1000, begin: int = 0, size: int = 64) -> None:
         return {"loss": about_object + about_style, "object": about_object.detach(), "style": about_style.detach(),
                 "right": right}  # fmt: skip
 
-    average = optimize("judge", judge, loss, steps=steps, begin=begin, peak=2e-3, generator=generator,
-                       log=EMOJI / "judge_log.csv", decay=0.995, weight_decay=0.05)
+    average = optimize(
+        "judge",
+        judge,
+        loss,
+        steps=steps,
+        begin=begin,
+        peak=2e-3,
+        generator=generator,
+        log=EMOJI / "judge_log.csv",
+        decay=0.995,
+        weight_decay=0.05,
+    )
     save_file({k: v.half().contiguous() for k, v in average.items()}, EMOJI_JUDGE, metadata={"format": "pt"})
 
 
 def main() -> None:
     parts = {"vae": train_vae, "clip": train_clip, "unet": train_unet, "judge": train_judge}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=parts)
     parser.add_argument("--steps", type=int, help="where the run ends")
-    parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not from nothing")
+    parser.add_argument(
+        "--go-on", action="store_true", help="start from the committed weights, not from nothing"
+    )
     given = parser.parse_args()
     options = {"steps": given.steps} if given.steps else {}
     if given.go_on:

@@ -34,8 +34,11 @@ def save_checkpoint(path: Path, module, average, optimizer, step: int, generator
     tensors["generator"] = generator.get_state()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, partial,
-              metadata={"step": str(step), "seconds": json.dumps(seconds)})
+    save_file(
+        {k: v.detach().clone().contiguous() for k, v in tensors.items()},
+        partial,
+        metadata={"step": str(step), "seconds": json.dumps(seconds)},
+    )
     os.replace(partial, path)
 
 
@@ -95,8 +98,10 @@ def optimize(
             group["lr"] = learning_rate(step - begin, steps - begin, peak)
         terms = loss(generator)
         if not torch.isfinite(terms["loss"]):
-            raise FloatingPointError(f"{name}: loss is {terms['loss'].item()} at step {step}; "
-                                     f"the last good state is {path}; lower the learning rate and run again")
+            raise FloatingPointError(
+                f"{name}: loss is {terms['loss'].item()} at step {step}; "
+                f"the last good state is {path}; lower the learning rate and run again"
+            )
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -107,11 +112,19 @@ def optimize(
         if (step + 1) % 20 == 0:
             means = {k: sum(w[k] for w in window) / len(window) for k in window[0]}
             bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
-            _append(log, {"step": step + 1, "seconds": round(time.perf_counter() - clock, 1),
-                          **{k: round(v, 6) for k, v in means.items()}})
+            _append(
+                log,
+                {
+                    "step": step + 1,
+                    "seconds": round(time.perf_counter() - clock, 1),
+                    **{k: round(v, 6) for k, v in means.items()},
+                },
+            )
             window = []
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            save_checkpoint(path, module, average, optimizer, step + 1, generator, time.perf_counter() - clock)
+            save_checkpoint(
+                path, module, average, optimizer, step + 1, generator, time.perf_counter() - clock
+            )
     return average
 
 

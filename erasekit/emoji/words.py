@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from erasekit.emoji import captions, data
+from erasekit.emoji import captions
 from erasekit.paths import BUILD
 
 PACKAGES = BUILD / "npm" / "node_modules"
@@ -68,17 +68,27 @@ def train_tokenizer() -> CLIPTokenizer:
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    splitter = Regex(r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
+    splitter = Regex(
+        r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(splitter, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(splitter, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 2 - len(letters), initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=VOCABULARY - 2 - len(letters),
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     phrases = [phrase for _, phrase in captions.all_phrases()]
     words, glosses = wordnet()
-    corpus = 5 * captions.grammar() + 4 * phrases + list(emoji_words()) + list(glosses[::16]) + list(words[::16])
+    corpus = (
+        5 * captions.grammar() + 4 * phrases + list(emoji_words()) + list(glosses[::16]) + list(words[::16])
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]

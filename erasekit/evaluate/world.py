@@ -30,7 +30,9 @@ class Prompt:
 
 
 def grid(
-    concepts: Sequence[str] | None = None, styles: Sequence[str] = data.STYLES, template: str = "a {} in {} style"
+    concepts: Sequence[str] | None = None,
+    styles: Sequence[str] = data.STYLES,
+    template: str = "a {} in {} style",
 ) -> list[Prompt]:
     """Every concept (all when None) in every style."""
     names = [c.name for c in data.concepts()] if concepts is None else concepts
