@@ -15,7 +15,7 @@ from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
 from erasekit.emoji.report import measure, phrase_prompts, real_pictures
 from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
 from erasekit.evaluate import metrics, world
-from erasekit.paths import EMOJI, EMOJI_MODEL
+from erasekit.paths import EMOJI, EMOJI_MODEL, RESULTS, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +287,21 @@ def test_same_pictures_on_a_gpu(emoji):
     prompts = [p.text for p in world.grid()[:8]]
     a, b = (clip.to_tensor(m.generate(prompts, seeds=[0])) for m in (emoji, on_gpu))
     assert (a - b).abs().mean() < 0.02
+
+
+def test_readme_has_the_numbers_of_the_report():
+    report = json.loads((EMOJI / "report.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for key, value in report.items():
+        if isinstance(value, dict) and "low" in value:
+            row = next(line for line in text.splitlines() if f"`{key}`" in line and "|" in line)
+            assert f"| {value['k']}/{value['n']} |" in row and f"| {value['rate']:.1%} |" in row
+    for number in (report["seconds_16_pictures"], report["weights_mb"], report["peak_memory_mb"]):
+        assert str(number) in text
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_results_are_about_these_weights(emoji, file):
+    result = json.loads(file.read_text())
+    assert result["fingerprint"] == emoji.fingerprint() and result["judge"] == judge.fingerprint()
+    assert result["command"].startswith("python -m erasekit run ")

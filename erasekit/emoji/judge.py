@@ -3,6 +3,7 @@
 It is trained on real, augmented emoji alone, never on a generated picture, and no method or attack sees it.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 
@@ -54,6 +55,12 @@ def _judge() -> Judge:
     judge = Judge()
     judge.load_state_dict(load_file(EMOJI_JUDGE))
     return judge.float().eval()
+
+
+@cache
+def fingerprint() -> str:
+    """SHA-256 of the judge's weights: verdicts of two judges are never mixed."""
+    return hashlib.sha256(EMOJI_JUDGE.read_bytes()).hexdigest()
 
 
 @torch.no_grad()

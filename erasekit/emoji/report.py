@@ -114,6 +114,7 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
     )
     return {
         "fingerprint": model.fingerprint(),
+        "judge": judge.fingerprint(),
         "concepts": len(data.concepts()),
         "seeds": seeds,
         **about_real_pictures(),

@@ -82,7 +82,7 @@ def optimize(
     of its own. Every 20th step appends the mean of each scalar to `log`. A loss that is not finite raises
     FloatingPointError and leaves the last checkpoint in place.
     """
-    path = folder / f"{name}.safetensors"
+    path = folder / (f"{name}-from-{begin}.safetensors" if begin else f"{name}.safetensors")
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = {k: v.detach().clone().float() for k, v in module.named_parameters() if v.requires_grad}

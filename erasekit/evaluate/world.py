@@ -63,14 +63,20 @@ def judged(
     """One row per prompt and seed: concept, style, prompt, seed, shown and drawn_style (the judge's first choices),
     probability (of the concept).
 
-    Applied edits count. Rows are kept in `folder` in pieces of 130 pictures, under a hash of model, edits, prompts
-    and settings, so a run that was interrupted goes on where it stopped and a repeated one draws nothing.
+    Applied edits count. Rows are kept in `folder` in pieces of 130 pictures, under a hash of model, judge, edits,
+    prompts and settings: an interrupted run goes on where it stopped, and a repeated one draws nothing.
     """
     pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
     frames = []
     for start in range(0, len(pairs), 130):
         part = pairs[start : start + 130]
-        key = [model.fingerprint(), [edit.digest for edit in model._active], steps, guidance]
+        key = [
+            model.fingerprint(),
+            judge.fingerprint(),
+            [edit.digest for edit in model._active],
+            steps,
+            guidance,
+        ]
         key += [[p.text, p.concept, p.style, seed] for p, seed in part]
         file = folder / (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".json")
         if not file.exists():
@@ -164,6 +170,7 @@ def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, pro
     target = [result[when]["target"] for when in ("before", "after")]
     return {
         "fingerprint": model.fingerprint(),
+        "judge": judge.fingerprint(),
         "method": edit.metadata["method"],
         "config": edit.metadata["config"],
         "preserve": edit.metadata["concepts"]["preserve"],

@@ -75,7 +75,9 @@ EMOJI_TEMPLATES = ("{}", "a {}", "a {} in flat style", "An {} image in flat styl
 
 PRESETS = {
     # ours, for the captions of the emoji world
-    "emoji": Config(lam=0.1, templates=EMOJI_TEMPLATES, preserve_templates=EMOJI_TEMPLATES),
+    "emoji": Config(
+        lam=0.1, tokens="last_subject", templates=EMOJI_TEMPLATES, preserve_templates=EMOJI_TEMPLATES
+    ),
     # erase_scale / preserve_scale / lamb and anchor: file names and defaults of the authors' code, 2023
     "sd14-object": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
     "sd14-nudity": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
