@@ -190,10 +190,10 @@ def test_judge_and_clip_know_real_pictures():
     pictures, style, concept = real_pictures(1, generator, JUDGE_PLACEMENT)
     objects, styles = judge.probabilities(degrade(pictures, generator))
     assert (objects.argmax(1) == concept).float().mean() > 0.97
-    assert (styles.argmax(1) == style).float().mean() > 0.97
+    assert (styles.argmax(1) == style).float().mean() > 0.95
     pictures, _, concept = real_pictures(1, generator, Placement())
     names = clip.text_features([f"a {c.name}" for c in data.concepts()])
-    assert ((clip.picture_features(pictures) @ names.T).argmax(1) == concept).float().mean() > 0.9
+    assert ((clip.picture_features(pictures) @ names.T).argmax(1) == concept).float().mean() > 0.85
     noise = torch.randn(200, 3, 64, 64, generator=generator).clamp(-1, 1)
     assert judge.probabilities(noise)[0].max(1).values.mean() < 0.9  # control: it is less sure about nothing
 

@@ -12,6 +12,7 @@ import resource
 import time
 
 import numpy as np
+import pandas as pd
 import torch
 
 from erasekit.emoji import clip, data, judge
@@ -109,6 +110,7 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
     draw = lambda prompts, seeds=1: world.judged(model, prompts, seeds=range(seeds), progress=progress)
     generated = draw(world.grid(), seeds)
     per_concept = (generated.shown == generated.concept).groupby(generated.concept).mean()
+    seen_as = pd.crosstab(generated["style"], generated.drawn_style, normalize="index").round(3)
     size = sum(
         file.stat().st_size for file in EMOJI.rglob("*.safetensors") if "checkpoints" not in file.parts
     )
@@ -128,6 +130,7 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         **variety(model),
         "object_rate_by_concept": {name: round(float(value), 3) for name, value in per_concept.items()},
+        "style_seen_as": seen_as.to_dict("index"),
         "machine": world.machine(),
         "command": "python -m erasekit.emoji.report",
     }
