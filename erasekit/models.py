@@ -312,7 +312,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
             advice = "restore it with git" if source == "emoji" else "download or save the model again"
             raise ValueError(f"{file} is truncated or damaged ({error}): {advice}") from error
     try:
-        with _no_progress_bars() if local else nullcontext():
+        with no_progress_bars() if local else nullcontext():
             pipeline = DiffusionPipeline.from_pretrained(
                 folder if local else source,
                 dtype=dtype,
@@ -333,7 +333,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """A model on disk loads in a moment; its bars would only stand in every notebook."""
     loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     for log in loggers:

@@ -11,9 +11,11 @@ into notebooks/.
 """
 
 import ast
+import base64
 import copy
 import hashlib
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -390,8 +392,21 @@ def refresh(
             for cell, result in zip(source.cells, done.cells, strict=True):
                 if cell.cell_type == "code":
                     cell.outputs, cell.execution_count = result.outputs, result.execution_count
+                    for output in cell.outputs:
+                        if "image/png" in output.get("data", {}):
+                            output.data["image/png"] = _smaller_png(output.data["image/png"])
             write_atomically(path, canonical(source))
     return failures
+
+
+def _smaller_png(encoded: str) -> str:
+    """A base64 PNG with 256 colors, where that is smaller: the originals of figures are in figures/."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    stream = io.BytesIO()
+    picture.quantize(256).save(stream, "PNG", optimize=True)
+    return min(base64.b64encode(stream.getvalue()).decode(), encoded, key=len)
 
 
 def write_atomically(path: Path, text: str) -> None:
