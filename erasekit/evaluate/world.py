@@ -15,6 +15,7 @@ from erasekit.edits import Edit
 from erasekit.emoji import data, judge
 from erasekit.evaluate.metrics import rate, separated
 from erasekit.models import DiffusionModel
+from erasekit.notebooks import write_atomically
 from erasekit.paths import BUILD
 
 STEPS, GUIDANCE = 25, 5.0
@@ -67,20 +68,20 @@ def judged(
     prompts and settings: an interrupted run goes on where it stopped, and a repeated one draws nothing.
     """
     pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
+    settings = [
+        model.fingerprint(),
+        judge.fingerprint(),
+        [edit.digest for edit in model._active],
+        steps,
+        guidance,
+    ]
     frames = []
     for start in range(0, len(pairs), 130):
         part = pairs[start : start + 130]
-        key = [
-            model.fingerprint(),
-            judge.fingerprint(),
-            [edit.digest for edit in model._active],
-            steps,
-            guidance,
-        ]
-        key += [[p.text, p.concept, p.style, seed] for p, seed in part]
+        key = settings + [[p.text, p.concept, p.style, seed] for p, seed in part]
         file = folder / (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".json")
         if not file.exists():
-            _write(file, _draw(model, part, steps, guidance, progress))
+            write_atomically(file, _draw(model, part, steps, guidance, progress))
         frames.append(pd.read_json(file, orient="records", dtype={"seed": int}))
     return pd.concat(frames, ignore_index=True)
 
@@ -104,13 +105,6 @@ def _draw(model, pairs, steps, guidance, progress) -> str:
         for (prompt, seed), of_objects, of_styles in zip(pairs, objects, styles, strict=True)
     ]
     return json.dumps(rows)
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, file)
 
 
 def object_rate(table: pd.DataFrame) -> dict:
