@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from erasekit import closed_form
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import uce
+    from erasekit.methods import rece, uce
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -24,7 +24,7 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "unknown"
 
-__all__ = ["load", "DiffusionModel", "Concept", "Edit", "closed_form", "uce"]
+__all__ = ["load", "DiffusionModel", "Concept", "Edit", "closed_form", "uce", "rece"]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
 _HOME = {
@@ -33,6 +33,7 @@ _HOME = {
     "Concept": "erasekit.concepts",
     "Edit": "erasekit.edits",
     "uce": "erasekit.methods",
+    "rece": "erasekit.methods",
 }
 
 

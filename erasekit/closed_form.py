@@ -13,6 +13,7 @@ preserve_scale -> p (lambda_1 in RECE), lam -> lambda (lambda_2 in RECE). T - I 
 of source rows, so it is kept as two thin factors: T = I + U V^T.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +126,8 @@ def solve(
     d). Any float dtype; the work is float64 on the device of `sources`. With fewer rows than d the system is
     solved at (n + m) x (n + m), otherwise at d x d. Raises ValueError for wrong shapes, values that are not
     finite, negative scales, and a singular system.
+
+    Preserved rows count only through P^T P: pass `condensed(rows)` when many are used more than once.
     """
     rows = {"sources": sources, "targets": targets}
     if preserved is not None:
@@ -152,10 +155,42 @@ def solve(
         gram = weighted @ weighted.T + lam * torch.eye(len(weighted)).to(c)
         first = torch.eye(len(weighted), n).to(c)
         right = weighted.T @ torch.cholesky_solve(first, _cholesky(gram, lam)) / erase_scale**0.5
-    else:
-        gram = weighted.T @ weighted + lam * torch.eye(d).to(c)
-        right = torch.cholesky_solve(c.T, _cholesky(gram, lam))
-    return ContextMap(left, right)
+        return ContextMap(left, right)
+    factor = _cholesky(_gram(weighted) + lam * torch.eye(d).to(c), lam)
+    if n < d:
+        return ContextMap(left, torch.cholesky_solve(c.T, factor))
+    return ContextMap(
+        torch.cholesky_solve(c.T @ left.T, factor).T, torch.eye(d).to(c)
+    )  # thin factors would be wider
+
+
+def condensed(rows: Tensor) -> Tensor:
+    """At most d rows with the same rows^T rows as (m, d), float64: to `solve` they preserve the same.
+
+    Directions below 1e-14 of the largest eigenvalue are rounding and are dropped.
+    """
+    rows = rows.double()
+    if len(rows) <= rows.shape[1]:
+        return rows
+    values, vectors = torch.linalg.eigh(_gram(rows))
+    keep = values > 1e-14 * values[-1]
+    return values[keep, None].sqrt() * vectors[:, keep].T
+
+
+def weight_gram(weights: Iterable[Tensor]) -> Tensor:
+    """A = sum_i W_i^T W_i of projections (d_out_i, d), float64 (d, d): all that a search over embeddings needs to
+    know of them, since sum_i ||W_i x||^2 = x^T A x.
+    """
+    return sum(_gram(weight.detach()) for weight in weights)
+
+
+def _gram(rows: Tensor, block: int = 4096) -> Tensor:
+    """rows^T rows in float64, a block of rows at a time."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in rows.split(block):
+        part = part.double()
+        total.addmm_(part.T, part)
+    return total
 
 
 def _checked(name: str, value: Tensor, like: Tensor) -> Tensor:

@@ -236,6 +236,20 @@ class Edit:
         _write(path, tensors, {"format": "pt"})
         return path
 
+    def to_projections(self, path: str | Path, *, model: DiffusionModel | None = None) -> Path:
+        """Write the edited key and value weights themselves, {"….attn2.to_k.weight": (d_out, d)}, one safetensors file.
+
+        What users of UCE and RECE pass around: `unet.load_state_dict(load_file(path), strict=False)`. Base weights as
+        in `to_lora`. ValueError for an edit of other weights.
+        """
+        model = self._base(model)
+        names = {id(layer.weight): name for name, layer in cross_attention_kv(model.unet).items()}
+        edited = self._edited(model, 1.0)
+        if not all(id(parameter) in names for parameter, _ in edited):
+            raise ValueError(f"this {self.kind} edit changes more than key and value projections: use merged")
+        _write(Path(path), {names[id(p)]: value.cpu() for p, value in edited}, {"format": "pt"})
+        return Path(path)
+
     def _base(self, model: DiffusionModel | None) -> DiffusionModel:
         if model is None:
             model = models.find(self.metadata["base"])

@@ -99,16 +99,27 @@ class DiffusionModel:
     def encode(self, prompts: str | Sequence[str], batch_size: int = 32) -> Tensor:
         """Text embeddings (n, length, d): the last hidden state, padded to the limit, no attention mask.
 
-        `encode("")` is the unconditional embedding. Raises ValueError for a prompt over the token limit.
+        With two text encoders, as in SDXL, what cross-attention reads there: the hidden states before the last
+        layer of both, side by side. `encode("")` is the unconditional embedding (the SDXL pipeline may take zeros
+        instead). Raises ValueError for a prompt over the token limit.
         """
-        self._refuse_two_encoders("encode")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("there is no prompt to encode: give at least one")
-        fixed = self.fixed_batch
-        batches = token_ids(self.tokenizer, prompts).to(self.device).split(fixed or batch_size)
-        rows = [self.text_encoder(_padded(batch, fixed))[0][: len(batch)] for batch in batches]
-        return torch.cat(rows).to(self.dtype)
+        parts = [(self.tokenizer, self.text_encoder, lambda out: out[0])]
+        if second := getattr(self.pipeline, "text_encoder_2", None):
+            before_last = lambda out: out.hidden_states[-2]
+            parts = [(self.tokenizer, self.text_encoder, before_last),
+                     (self.pipeline.tokenizer_2, second, before_last)]  # fmt: skip
+        fixed, sides = self.fixed_batch, []
+        for tokenizer, encoder, chosen in parts:
+            batches = token_ids(tokenizer, prompts).to(self.device).split(fixed or batch_size)
+            outputs = (
+                encoder(_padded(batch, fixed), output_hidden_states=second is not None) for batch in batches
+            )
+            rows = [chosen(out)[: len(batch)] for out, batch in zip(outputs, batches, strict=True)]
+            sides.append(torch.cat(rows))
+        return torch.cat(sides, -1).to(self.dtype)
 
     @torch.no_grad()
     def generate(
@@ -136,7 +147,8 @@ class DiffusionModel:
         `sampling.denoise`; the dict also has `first`, the index of the first picture of the batch. Raises
         ValueError for an empty or over-long prompt and for lengths that do not match.
         """
-        self._refuse_two_encoders("generate")
+        if getattr(self.pipeline, "text_encoder_2", None) is not None:
+            raise ValueError("generate knows one text encoder; for SDXL use model.pipeline")
         prompts, seeds = self._pairs(prompts, seeds)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
@@ -144,16 +156,50 @@ class DiffusionModel:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
 
         distinct = list(dict.fromkeys(prompts))
-        rows = {prompt: row for prompt, row in zip(distinct, self.encode(distinct), strict=True)}
-        uncond = self.encode(negative or "")
+        row = {prompt: i for i, prompt in enumerate(distinct)}
+        embeddings = self.encode(distinct)[[row[prompt] for prompt in prompts]]
+        return self.draw(
+            embeddings,
+            seeds,
+            steps=steps,
+            guidance=guidance,
+            uncond=self.encode(negative or "")[0],
+            batch_size=batch_size,
+            callback=callback,
+            progress=progress,
+        )
+
+    @torch.no_grad()
+    def draw(
+        self,
+        embeddings: Tensor,
+        seeds: Sequence[int],
+        *,
+        steps: int = 25,
+        guidance: float = 5.0,
+        uncond: Tensor | None = None,
+        batch_size: int = 16,
+        callback: Callable[[dict], None] | None = None,
+        progress: bool = False,
+    ) -> list[Image]:
+        """One picture per text embedding (n, length, d) and seed (n); what `generate` does after encoding.
+
+        Attacks in embedding space start here. uncond: (length, d), that of the empty prompt when None.
+        """
+        if embeddings.ndim != 3 or len(embeddings) != len(seeds):
+            raise ValueError(
+                f"expected embeddings (n, length, d) and n seeds, got {tuple(embeddings.shape)} and {len(seeds)}"
+            )
+        embeddings, seeds = embeddings.to(self.device, self.dtype), list(seeds)
+        uncond = self.encode("")[0] if uncond is None else uncond
         fixed = self.fixed_batch
-        starts = range(0, len(prompts), fixed or batch_size)
+        starts = range(0, len(embeddings), fixed or batch_size)
         pictures = []
         with tqdm(total=len(starts) * steps, disable=not progress, unit="step") as bar:
             for first in starts:
                 part = slice(first, first + starts.step)
-                count = len(prompts[part])
-                text = _padded(torch.stack([rows[prompt] for prompt in prompts[part]]), fixed)
+                count = len(embeddings[part])
+                text = _padded(embeddings[part], fixed)
                 own = seeds[part] + seeds[part][-1:] * (len(text) - count)
 
                 def report(state: dict, first: int = first, count: int = count) -> None:
@@ -193,16 +239,23 @@ class DiffusionModel:
         once: weights that are changed by other means than an Edit need a new `load(model.pipeline)`.
         """
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for part in ("text_encoder", "text_encoder_2", "unet"):
-                module = getattr(self.pipeline, part, None)
-                for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
-                    if tensor.is_floating_point():
-                        digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
-                        digest.update(tensor.detach().half().cpu().contiguous().numpy())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = self._digest("text_encoder", "text_encoder_2", "unet")
         _live[self._fingerprint] = self
         return self._fingerprint
+
+    def vae_fingerprint(self) -> str:
+        """The same of the VAE, on which pictures depend and edits do not."""
+        return self._digest("vae")
+
+    def _digest(self, *parts: str) -> str:
+        digest = hashlib.sha256()
+        for part in parts:
+            module = getattr(self.pipeline, part, None)
+            for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
+                if tensor.is_floating_point():
+                    digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
+                    digest.update(tensor.detach().half().cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     def copy(self) -> "DiffusionModel":
         """An independent model with the same weights. ValueError while an edit is in force."""
@@ -235,10 +288,6 @@ class DiffusionModel:
             prompts * count if len(prompts) == 1 else prompts,
             [int(seed) for seed in (seeds * count if len(seeds) == 1 else seeds)],
         )
-
-    def _refuse_two_encoders(self, what: str) -> None:
-        if getattr(self.pipeline, "text_encoder_2", None) is not None:
-            raise ValueError(f"{what} knows one text encoder; for SDXL use model.pipeline")
 
 
 def _padded(rows: Tensor, size: int | None) -> Tensor:

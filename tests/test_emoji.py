@@ -201,7 +201,7 @@ def test_judge_and_clip_know_real_pictures():
 
 def test_report_is_about_these_weights(emoji):
     report = json.loads((EMOJI / "report.json").read_text())
-    assert report["fingerprint"] == emoji.fingerprint()
+    assert report["fingerprint"] == emoji.fingerprint() and report["vae"] == emoji.vae_fingerprint()
     assert report["concepts"] == 104 and report["weights_mb"] < 64
     for key in ("generated_object", "generated_style", "clip_zero_shot_object", "judge_real_object"):
         assert set(report[key]) == {"k", "n", "rate", "low", "high"}
@@ -306,5 +306,6 @@ def test_readme_has_the_numbers_of_the_report():
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
 def test_results_are_about_these_weights(emoji, file):
     result = json.loads(file.read_text())
-    assert result["fingerprint"] == emoji.fingerprint() and result["judge"] == judge.fingerprint()
+    assert result["fingerprint"] == emoji.fingerprint() and result["vae"] == emoji.vae_fingerprint()
+    assert result["judge"] == judge.fingerprint()
     assert result["command"].startswith("python -m erasekit run ")

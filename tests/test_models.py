@@ -285,6 +285,14 @@ def test_fingerprint_is_of_the_weights(shared_model, model):
     assert models.load(model.pipeline).fingerprint() != shared_model.fingerprint()
 
 
+def test_vae_has_a_fingerprint_of_its_own(model, shared_model):
+    """An edit fits a model with another VAE; a measured picture does not."""
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias += 1
+    assert models.load(model.pipeline).fingerprint() == shared_model.fingerprint()
+    assert model.vae_fingerprint() != shared_model.vae_fingerprint()
+
+
 def test_a_pipeline_object_is_not_copied():
     pipeline = tiny_pipeline()
     model = ek.load(pipeline)

@@ -116,6 +116,7 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
     )
     return {
         "fingerprint": model.fingerprint(),
+        "vae": model.vae_fingerprint(),
         "judge": judge.fingerprint(),
         "concepts": len(data.concepts()),
         "seeds": seeds,

@@ -456,7 +456,13 @@ def train_judge(steps: int = 1000, begin: int = 0, size: int = 64) -> None:
 
 
 def main() -> None:
-    parts = {"vae": train_vae, "decoder": train_decoder, "clip": train_clip, "unet": train_unet, "judge": train_judge}
+    parts = {
+        "vae": train_vae,
+        "decoder": train_decoder,
+        "clip": train_clip,
+        "unet": train_unet,
+        "judge": train_judge,
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

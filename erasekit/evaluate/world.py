@@ -70,6 +70,7 @@ def judged(
     pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
     settings = [
         model.fingerprint(),
+        model.vae_fingerprint(),
         judge.fingerprint(),
         [edit.digest for edit in model._active],
         steps,
@@ -164,6 +165,7 @@ def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, pro
     target = [result[when]["target"] for when in ("before", "after")]
     return {
         "fingerprint": model.fingerprint(),
+        "vae": model.vae_fingerprint(),
         "judge": judge.fingerprint(),
         "method": edit.metadata["method"],
         "config": edit.metadata["config"],

@@ -1,7 +1,7 @@
 """One paper, one file. A method is a module with `Config`, `PRESETS` and `fit`."""
 
-from erasekit.methods import uce
+from erasekit.methods import rece, uce
 
-METHODS = {"uce": uce}
+METHODS = {"uce": uce, "rece": rece}
 
-__all__ = ["METHODS", "uce"]
+__all__ = ["METHODS", "rece", "uce"]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from erasekit import closed_form
+from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, fill, slot_token
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
@@ -85,6 +86,58 @@ PRESETS = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The embeddings of one erasure, float64: sources and their targets (n, d), preserved (m, d) or None.
+
+    concepts: the names erased, their anchors, and the names preserved.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    preserved: Tensor | None
+    concepts: dict[str, list[str]]
+
+
+def rows(
+    model: DiffusionModel,
+    erase: str | Concept | Sequence[str | Concept],
+    preserve: str | Concept | Sequence[str | Concept],
+    anchor: str | Concept | None,
+    config: Config,
+) -> Rows:
+    """Encode what `fit` solves for; every distinct prompt is encoded once. Errors as in `fit`."""
+    erased, kept = model.concepts(erase), model.concepts(preserve)
+    if not erased:
+        raise ValueError("there is nothing to erase: name at least one concept")
+    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in kept}:
+        raise ValueError(
+            f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
+        )
+    anchors = [_anchor(model, concept, anchor, config) for concept in erased]
+
+    pairs = [
+        (template, phrase, instead)
+        for concept, instead in zip(erased, anchors, strict=True)
+        for template in concept.templates or config.templates
+        for phrase in (concept.name, *(concept.synonyms if config.synonyms else ()))
+    ]
+    keep = [(t, concept.name) for concept in kept for t in concept.templates or config.preserve_templates]
+    embed = _embedder(model, [(t, p) for t, *both in pairs for p in both] + keep)
+
+    paired = [_paired_rows(model.tokenizer, embed, *pair, config.tokens) for pair in pairs]
+    sources, targets = (torch.cat(side) for side in zip(*paired, strict=True))
+    preserved = [_rows(model.tokenizer, embed, *slot, config.preserve_tokens) for slot in keep]
+    if config.preserve_null:
+        preserved.append(model.encode("")[0].double())
+    concepts = {
+        "erase": [concept.name for concept in erased],
+        "anchor": anchors,
+        "preserve": [concept.name for concept in kept],
+    }
+    return Rows(sources, targets, torch.cat(preserved) if preserved else None, concepts)
+
+
 def fit(
     model: DiffusionModel,
     erase: str | Concept | Sequence[str | Concept],
@@ -104,57 +157,33 @@ def fit(
     the system singular.
     """
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased, kept = model.concepts(erase), model.concepts(preserve)
-    if not erased:
-        raise ValueError("there is nothing to erase: name at least one concept")
-    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in kept}:
-        raise ValueError(
-            f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
-        )
-    anchors = [_anchor(model, concept, anchor, config) for concept in erased]
+    given = rows(model, erase, preserve, anchor, config)
+    context_map = solve(given, config)
+    edit = Edit.from_context_map(context_map, model, method="uce", config=config, concepts=given.concepts)
+    if callback is not None:
+        callback({"step": 0, "rank": edit.context_map.rank, **residuals(context_map, given)})
+    return edit
 
-    pairs = [
-        (template, phrase, instead)
-        for concept, instead in zip(erased, anchors, strict=True)
-        for template in concept.templates or config.templates
-        for phrase in (concept.name, *(concept.synonyms if config.synonyms else ()))
-    ]
-    keep = [(t, concept.name) for concept in kept for t in concept.templates or config.preserve_templates]
-    embed = _embedder(model, [(t, p) for t, *both in pairs for p in both] + keep)
 
-    rows = [_paired_rows(model.tokenizer, embed, *pair, config.tokens) for pair in pairs]
-    sources, targets = (torch.cat(side) for side in zip(*rows, strict=True))
-    preserved = [_rows(model.tokenizer, embed, *slot, config.preserve_tokens) for slot in keep]
-    if config.preserve_null:
-        preserved.append(model.encode("")[0].double())
-    preserved = torch.cat(preserved) if preserved else None
-
-    context_map = closed_form.solve(
-        sources,
-        targets,
-        preserved,
+def solve(given: Rows, config: Config) -> ContextMap:
+    """UCE's map of these rows, in float64."""
+    return closed_form.solve(
+        given.sources,
+        given.targets,
+        given.preserved,
         erase_scale=config.erase_scale,
         preserve_scale=config.preserve_scale,
         lam=config.lam,
     )
-    concepts = {
-        "erase": [concept.name for concept in erased],
-        "anchor": anchors,
-        "preserve": [concept.name for concept in kept],
+
+
+def residuals(context_map: ContextMap, given: Rows) -> dict[str, float]:
+    """erase_residual: ||T c - c*|| over ||c - c*||; preserve_drift: ||T p - p|| over ||p||."""
+    kept, sources, targets = given.preserved, given.sources, given.targets
+    return {
+        "erase_residual": _relative(context_map.apply(sources) - targets, sources - targets),
+        "preserve_drift": 0.0 if kept is None else _relative(context_map.apply(kept) - kept, kept),
     }
-    edit = Edit.from_context_map(context_map, model, method="uce", config=config, concepts=concepts)
-    if callback is not None:
-        callback(
-            {
-                "step": 0,
-                "rank": edit.context_map.rank,
-                "erase_residual": _relative(context_map.apply(sources) - targets, sources - targets),
-                "preserve_drift": 0.0
-                if preserved is None
-                else _relative(context_map.apply(preserved) - preserved, preserved),
-            }
-        )
-    return edit
 
 
 def _anchor(model: DiffusionModel, concept: Concept, given: str | Concept | None, config: Config) -> str:
