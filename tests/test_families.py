@@ -1,0 +1,133 @@
+"""The closed forms on Stable Diffusion 2.x and SDXL: tiny random pipelines of the real classes, through a folder."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import LENGTH, WIDTH, tiny_pipeline, tiny_tokenizer
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import erasekit as ek
+from erasekit.layers import cross_attention_kv
+
+
+def text_config(tokenizer, width: int, **changes) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, projection_dim=width, initializer_factor=10.0, **changes,
+    )  # fmt: skip
+
+
+def unet(width: int, **changes) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=(2, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=width, use_linear_projection=True,
+        **changes,
+    )  # fmt: skip
+
+
+def sd2() -> StableDiffusionPipeline:
+    """As 2.1: another width, GELU, linear projections, v-prediction, padding with "!"."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "!"
+    torch.manual_seed(0)
+    return StableDiffusionPipeline(
+        vae=tiny_pipeline().vae,
+        text_encoder=CLIPTextModel(text_config(tokenizer, 48, hidden_act="gelu")),
+        tokenizer=tokenizer,
+        unet=unet(48),
+        scheduler=DDIMScheduler(
+            prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """Two text encoders side by side, several transformer layers per block, size and pooled text conditions."""
+    tokenizer, second = tiny_tokenizer(), tiny_tokenizer()
+    second.pad_token = "!"
+    torch.manual_seed(0)
+    return StableDiffusionXLPipeline(
+        vae=tiny_pipeline().vae,
+        text_encoder=CLIPTextModel(text_config(tokenizer, WIDTH)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(second, 40, hidden_act="gelu")),
+        tokenizer=tokenizer,
+        tokenizer_2=second,
+        unet=unet(
+            WIDTH + 40, transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 40,
+        ),
+        scheduler=tiny_pipeline().scheduler,
+        add_watermarker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=[sd2, sdxl], ids=["sd2", "sdxl"])
+def model(request, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        request.param().save_pretrained(tmp_path / "model")
+    return ek.load(tmp_path / "model")
+
+
+def context(pipeline, prompt: str) -> dict[str, torch.Tensor]:
+    """What the stock pipeline feeds to cross-attention, with and without the prompt, and the pooled text of SDXL."""
+    found = pipeline.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=""
+    )
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+    return dict(zip(names, found, strict=False))
+
+
+def picture(pipeline, **prompt):
+    generator = torch.Generator().manual_seed(0)
+    out = pipeline(
+        **prompt, num_inference_steps=3, guidance_scale=4.0, height=16, width=16, generator=generator
+    )
+    return np.asarray(out.images[0]).astype(int)
+
+
+def test_encode_is_what_the_stock_pipeline_feeds(model):
+    stock = context(model.pipeline, "a church")
+    assert torch.allclose(model.encode("a church"), stock["prompt_embeds"], atol=1e-5)
+    assert torch.allclose(model.encode(""), stock["negative_prompt_embeds"], atol=1e-5)
+    assert not torch.allclose(model.encode("a dog"), stock["prompt_embeds"], atol=1e-2)  # control
+
+
+@pytest.mark.parametrize("method", ["uce", "rece"])
+def test_one_matrix_on_the_embeddings(model, method):
+    """Editing all keys and values of the UNet is mapping both halves of the guidance, in the stock pipeline."""
+    edit = getattr(ek, method).fit(model, "church", ["house"], anchor="dog")
+    assert edit.context_map.d == next(iter(cross_attention_kv(model.unet).values())).in_features
+    plain = context(model.pipeline, "a church")
+    mapped = {
+        name: value if "pooled" in name else edit.context_map.apply(value.double()).float()
+        for name, value in plain.items()
+    }
+    before = picture(model.pipeline, **plain)
+    on_embeddings = picture(model.pipeline, **mapped)
+    with edit.applied(model):
+        on_weights = picture(model.pipeline, **plain)
+    assert np.abs(on_weights - on_embeddings).max() <= 2
+    assert np.abs(on_weights - before).max() > 2  # control: the edit shows
+
+
+def test_lora_in_the_stock_pipeline(model, tmp_path):
+    edit = ek.rece.fit(model, "church", ["house"], anchor="dog")
+    edit.to_lora(tmp_path / "lora", model=model)
+    plain = context(model.pipeline, "a church")
+    before = picture(model.pipeline, **plain)
+    with edit.applied(model):
+        edited = picture(model.pipeline, **plain)
+    model.pipeline.load_lora_weights(tmp_path / "lora")
+    assert np.abs(picture(model.pipeline, **plain) - edited).max() <= 2
+    assert np.abs(before - edited).max() > 2  # control: the edit shows
