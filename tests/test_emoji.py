@@ -16,6 +16,7 @@ from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
 from erasekit.emoji.report import measure, phrase_prompts, real_pictures
 from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
 from erasekit.evaluate import metrics, world
+from erasekit.evaluate.regeneration import prompts_about, spread
 from erasekit.paths import EMOJI, EMOJI_MODEL, RESULTS, ROOT
 
 
@@ -224,6 +225,30 @@ def test_judged_resumes_and_counts_applied_edits(emoji, tmp_path, monkeypatch):
     assert not first.probability.equals(edited.probability)
     monkeypatch.setattr(world, "_draw", lambda *_: pytest.fail("drawn again"))
     assert world.judged(emoji, prompts, [0, 1], steps=4, folder=tmp_path).equals(first)
+
+
+def test_harmonic_mean_by_hand():
+    assert metrics.harmonic_mean([1.0, 0.5, 0.25]) == pytest.approx(3 / 7)
+    assert metrics.harmonic_mean([0.0, 1.0]) == 0.0
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        metrics.harmonic_mean([1.2])
+
+
+def test_an_attack_that_changes_nothing_is_the_prompt(emoji, tmp_path):
+    prompts = world.grid(["church"], ["flat", "ink"])
+    plain = world.judged(emoji, prompts, steps=4, folder=tmp_path)
+    eye = torch.eye(384, dtype=torch.float64)
+    assert world.judged(emoji, prompts, steps=4, attack=eye, folder=tmp_path).equals(plain)
+    assert not world.judged(emoji, prompts, steps=4, attack=-eye, folder=tmp_path).equals(plain)  # control
+
+
+def test_prompts_about_a_concept_and_a_style():
+    target, synonyms, others = prompts_about(["church"])
+    assert {p.concept for p in target} == {p.concept for p in synonyms} == {"church"} and len(target) == 5
+    assert len(target) + len(others) == 104 * 5 and not any("church" in p.text for p in others)
+    style, none, rest = prompts_about(["ink"])
+    assert len(style) == 104 and not none and len(rest) == 104 * 4
+    assert len(spread(others, 200)) == 200 == len(set(spread(others, 200))) and spread(target, 200) == target
 
 
 def test_erasure_by_hand():

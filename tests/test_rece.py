@@ -235,7 +235,7 @@ def test_order_of_concepts_and_repetition(shared_model):
 
 
 def test_a_concept_that_is_its_anchor_stays(shared_model):
-    """UCE has nothing to do; a round then erases what it derives, the concept itself shrunk by lam, and hardly moves."""
+    """Without lam a round derives the concept itself, and maps it to itself."""
     states = []
     ek.rece.fit(
         shared_model,

@@ -1,6 +1,8 @@
 """Rates with intervals: pure functions of counts."""
 
-from scipy.stats import binomtest
+from collections.abc import Sequence
+
+from scipy.stats import binomtest, hmean
 
 
 def rate(k: int, n: int, confidence: float = 0.95) -> dict[str, float | int]:
@@ -23,3 +25,12 @@ def rate(k: int, n: int, confidence: float = 0.95) -> dict[str, float | int]:
 def separated(a: dict, b: dict) -> bool:
     """Whether the intervals of two rates do not touch."""
     return a["high"] < b["low"] or b["high"] < a["low"]
+
+
+def harmonic_mean(rates: Sequence[float]) -> float:
+    """n / sum(1 / r) of rates in [0, 1], 0 where one of them is 0: H_o of MACE (Lu et al., CVPR 2024) for
+    1 - Acc_e, Acc_s and 1 - Acc_g. Raises ValueError for no rate or one outside [0, 1].
+    """
+    if not rates or not all(0 <= one <= 1 for one in rates):
+        raise ValueError(f"the harmonic mean needs rates between 0 and 1, got {list(rates)}")
+    return 0.0 if min(rates) == 0 else float(hmean(rates))

@@ -58,14 +58,16 @@ def judged(
     *,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
+    attack: torch.Tensor | None = None,
     folder: Path = BUILD / "judged",
     progress: bool = False,
 ) -> pd.DataFrame:
     """One row per prompt and seed: concept, style, prompt, seed, shown and drawn_style (the judge's first choices),
     probability (of the concept).
 
-    Applied edits count. Rows are kept in `folder` in pieces of 130 pictures, under a hash of model, judge, edits,
-    prompts and settings: an interrupted run goes on where it stopped, and a repeated one draws nothing.
+    attack: a (d, d) matrix G; the prompts' embeddings x, as rows, are replaced by x G^T. Applied edits count. Rows are
+    kept in `folder` in pieces of 130 pictures, under a hash of model, judge, edits, prompts and settings: an
+    interrupted run goes on where it stopped, and a repeated one draws nothing.
     """
     pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
     settings = [
@@ -76,21 +78,27 @@ def judged(
         steps,
         guidance,
     ]
+    if attack is not None:
+        settings.append(hashlib.sha256(attack.double().contiguous().numpy().tobytes()).hexdigest())
     frames = []
     for start in range(0, len(pairs), 130):
         part = pairs[start : start + 130]
         key = settings + [[p.text, p.concept, p.style, seed] for p, seed in part]
         file = folder / (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".json")
         if not file.exists():
-            write_atomically(file, _draw(model, part, steps, guidance, progress))
+            write_atomically(file, _draw(model, part, steps, guidance, attack, progress))
         frames.append(pd.read_json(file, orient="records", dtype={"seed": int}))
     return pd.concat(frames, ignore_index=True)
 
 
-def _draw(model, pairs, steps, guidance, progress) -> str:
-    pictures = model.generate(
-        [p.text for p, _ in pairs], [s for _, s in pairs], steps=steps, guidance=guidance, progress=progress
-    )
+def _draw(model, pairs, steps, guidance, attack, progress) -> str:
+    texts, seeds = [p.text for p, _ in pairs], [s for _, s in pairs]
+    settings = {"steps": steps, "guidance": guidance, "progress": progress}
+    if attack is None:
+        pictures = model.generate(texts, seeds, **settings)
+    else:
+        embeddings = (model.encode(texts).double() @ attack.double().T).float()
+        pictures = model.draw(embeddings, seeds, **settings)
     names = [c.name for c in data.concepts()]
     objects, styles = judge.probabilities(pictures)
     rows = [

@@ -1,0 +1,143 @@
+"""RECE against its own attack: how often does the derived embedding draw what was erased?
+
+    python -m erasekit.evaluate.regeneration church --preserve castle --out data/results/rece_church.json
+
+For the map T_k after every round k (round 0 is UCE), on the emoji world:
+
+    target        the concept's prompts
+    attack        the same prompts, each row c of their embeddings replaced by the c' that is derived from T_k
+    attack_after  the embeddings of `attack`, drawn by T_(k+1), which has erased the rows derived from the concept
+    synonyms      prompts by the concept's synonyms, trained and held out
+    others        prompts about everything else
+
+The attacker knows both models, and maps the prompt alone: the unconditional embedding goes in as it is.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from erasekit.closed_form import weight_gram
+from erasekit.edits import Edit
+from erasekit.emoji import data, judge
+from erasekit.evaluate import world
+from erasekit.evaluate.metrics import harmonic_mean, separated
+from erasekit.layers import cross_attention_kv
+from erasekit.methods import rece
+from erasekit.models import DiffusionModel, load
+from erasekit.notebooks import write_atomically
+
+
+def spread(prompts: Sequence[world.Prompt], count: int) -> list[world.Prompt]:
+    """At most `count` of the prompts, evenly spaced."""
+    step = max(1.0, len(prompts) / count)
+    return [prompts[int(i * step)] for i in range(min(count, len(prompts)))]
+
+
+def prompts_about(erased: Sequence[str]) -> tuple[list[world.Prompt], list[world.Prompt], list[world.Prompt]]:
+    """Prompts of the erased concepts or styles, of their synonyms, and of everything else."""
+    everything = world.grid()
+    target = [p for p in everything if p.concept in erased or p.style in erased]
+    phrases = [(c.name, word) for c in data.concepts() if c.name in erased for word in c.synonyms]
+    phrases += [(h.concept, h.text) for h in data.heldout() if h.concept in erased and h.kind == "synonym"]
+    synonyms = [
+        world.Prompt(f"a {word} in {style} style", name, style)
+        for name, word in phrases
+        for style in data.STYLES
+    ]
+    return target, synonyms, [p for p in everything if p not in target]
+
+
+def measure(
+    model: DiffusionModel,
+    erase: str | Sequence[str],
+    preserve: Sequence[str] = (),
+    *,
+    pictures: int = 200,
+    config: rece.Config | None = None,
+    progress: bool = False,
+) -> dict:
+    """The module's table as a dict, `pictures` of each kind (synonyms: as many as there are, once each, at most)."""
+    states: list[dict] = []
+    edit = rece.fit(model, erase, preserve, config=config, callback=states.append)
+    config = config or rece.PRESETS["emoji"]
+    erased = [concept.name for concept in model.concepts(erase)]
+    target, synonyms, others = prompts_about(erased)
+    style = set(erased) <= set(data.STYLES)
+    right = world.style_rate if style else world.object_rate
+    target = spread(target, pictures)
+    seeds = range(-(-pictures // len(target)))
+
+    def rates(attack=None, everything: bool = True) -> dict:
+        found = {"target": right(world.judged(model, target, seeds, attack=attack, progress=progress))}
+        if everything:
+            found["others"] = right(world.judged(model, spread(others, pictures), progress=progress))
+            if synonyms:
+                found["synonyms"] = right(world.judged(model, spread(synonyms, pictures), progress=progress))
+        return found
+
+    before = rates()
+    gram = weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
+    eye = torch.eye(gram.shape[0], dtype=torch.float64)
+    rounds, previous = [], None
+    for state in states:
+        t = state["context_map"]
+        attack = rece.derive(t, gram, eye, config.lam).T
+        edit_k = Edit.from_context_map(
+            t, model, method="rece", config=config, concepts=edit.metadata["concepts"]
+        )
+        with edit_k.applied(model):
+            row = {"round": state["step"], **rates(), "attack": rates(attack, False)["target"]}
+            if previous is not None:
+                rounds[-1]["attack_after"] = rates(previous, False)["target"]
+        row["residuals"] = {
+            key: state[key]
+            for key in ("erase_residual", "preserve_drift", "attack_residual", "norm_ratio")
+            if key in state
+        }
+        kept = [1 - row["target"]["rate"], row["others"]["rate"]]
+        kept += [1 - row["synonyms"]["rate"]] if synonyms else []
+        rounds.append(row | {"harmonic_mean": round(harmonic_mean(kept), 5)})
+        previous = attack
+    return {
+        "fingerprint": model.fingerprint(),
+        "vae": model.vae_fingerprint(),
+        "judge": judge.fingerprint(),
+        "method": "rece",
+        "erased": erased,
+        "preserve": list(preserve),
+        "config": edit.metadata["config"],
+        "before": before,
+        "rounds": rounds,
+        "attack_falls_from_uce_to_rece": separated(rounds[0]["attack"], rounds[-1]["attack"]),
+        "edit_bytes": edit.nbytes,
+        "steps": world.STEPS,
+        "guidance": world.GUIDANCE,
+        "machine": world.machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("concepts", nargs="+")
+    parser.add_argument("--preserve", action="append", default=[])
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    kept = "".join(f" --preserve {json.dumps(name)}" for name in given.preserve)
+    named = " ".join(json.dumps(name) for name in given.concepts)
+    command = (
+        f"python -m erasekit.evaluate.regeneration {named}{kept} --pictures {given.pictures} "
+        f"--out {given.out.as_posix()}"
+    )
+    result = measure(load("emoji"), given.concepts, given.preserve, pictures=given.pictures, progress=True)
+    write_atomically(given.out, json.dumps({"command": command, **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
