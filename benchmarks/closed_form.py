@@ -27,7 +27,7 @@ from erasekit.closed_form import ContextMap
 from erasekit.evaluate.world import machine
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import rece
-from erasekit.notebooks import write_atomically
+from erasekit.paths import write_atomically
 
 LENGTH = 77
 NORM = 27.0  # length of a token embedding of Stable Diffusion 1.4, roughly

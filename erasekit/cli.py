@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from erasekit import notebooks as runner
+from erasekit.paths import write_atomically
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,7 +104,7 @@ def run(
         named = " ".join(json.dumps(name) for name in concepts)
         anchored = f" --anchor {json.dumps(anchor)}" if anchor is not None else ""
         command = f"python -m erasekit run {method} {named}{kept}{anchored} --out {out.as_posix()}"
-        runner.write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")
+        write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")
         before, after = (result[when]["target"]["rate"] for when in ("before", "after"))
         typer.echo(f"{out}: target {before:.1%} to {after:.1%}, others fall by {result['others_fall']:.1%}")
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +20,7 @@ from erasekit import models
 from erasekit.closed_form import ContextMap
 from erasekit.layers import cross_attention_kv
 from erasekit.models import DiffusionModel
+from erasekit.paths import replacing
 
 Kind = Literal["context_map", "weight_delta", "lora", "text_encoder"]
 FORMAT = 1
@@ -318,13 +317,5 @@ def _metadata(model: DiffusionModel, metadata: dict) -> dict:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -58,3 +58,27 @@ def check_one_pair_map(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> Non
             f"with lam={lam} your T is off by {(found - expected).abs().max():.2g}"
         )
     print("one_pair_map: all tests passed")
+
+
+def derived_embedding(t: Tensor, gram: Tensor, c: Tensor, lam: float) -> Tensor:
+    """c' = (lam I + T^T A T)^-1 T^T A c, for vectors (d,) and matrices (d, d)."""
+    return torch.linalg.solve(lam * torch.eye(len(c)).to(c) + t.T @ gram @ t, t.T @ gram @ c)
+
+
+def check_derived_embedding(theirs: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 20, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    weight, t, c = draw(9, 4), torch.eye(4, dtype=torch.float64) + 0.3 * draw(4, 4), draw(4)
+    gram = weight.T @ weight
+    assert torch.allclose(theirs(t, gram, c, 0.0), torch.linalg.solve(t, c)), (
+        "with lam=0 the edited model must see c itself: T c' = c"
+    )
+    for lam in (0.1, 10.0):
+        found = theirs(t, gram, c, lam).clone().requires_grad_()
+        loss = (weight @ t @ found - weight @ c).square().sum() + lam * found.square().sum()
+        (slope,) = torch.autograd.grad(loss, found)
+        assert slope.norm() < 1e-8, (
+            f"with lam={lam} the objective still has a slope of {slope.norm():.2g} at your c'"
+        )
+    print("derived_embedding: all tests passed")

@@ -6,7 +6,6 @@ small JSON per figure instead of one shared manifest: notebooks that run side by
 
 import io
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from erasekit.paths import FIGURES
+from erasekit.paths import FIGURES, replacing
 
 NARROW, WIDE = 3.25, 6.75  # inches: one and two columns
 EXPORT = {"svg.hashsalt": "erasekit", "svg.fonttype": "none", "pdf.fonttype": 42}
@@ -114,9 +113,8 @@ def save_figure(
     }
     folder.mkdir(parents=True, exist_ok=True)
     for kind, content in contents.items():
-        temporary = folder / f".{name}.{kind}.{os.getpid()}.tmp"
-        temporary.write_bytes(content)
-        os.replace(temporary, folder / f"{name}.{kind}")
+        with replacing(folder / f"{name}.{kind}") as temporary:
+            temporary.write_bytes(content)
     return folder / f"{name}.png"
 
 

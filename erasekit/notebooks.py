@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from erasekit.paths import BUILD, DATA, FIGURES, NOTEBOOKS, ROOT
+from erasekit.paths import BUILD, DATA, FIGURES, NOTEBOOKS, ROOT, write_atomically
 
 CELL_TIMEOUT = 900  # seconds a single cell may take
 EXECUTED = BUILD / "notebooks"
@@ -407,14 +407,6 @@ def _smaller_png(encoded: str) -> str:
     stream = io.BytesIO()
     picture.quantize(256).save(stream, "PNG", optimize=True)
     return min(base64.b64encode(stream.getvalue()).decode(), encoded, key=len)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # Hygiene: what a committed notebook must look like. No execution.

@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from erasekit.paths import EMOJI
+from erasekit.paths import EMOJI, replacing
 
 STYLES = ("noto", "twemoji", "flat", "ink", "glossy")
 SPRITE = 96  # pixels; larger than the 64 the model draws, so that a shrunk or shifted copy stays sharp
@@ -198,9 +197,8 @@ def build(packages: Path, folder: Path = EMOJI) -> None:
         {name: hashlib.sha256(content).hexdigest() for name, content in sorted(written.items())}, indent=1
     ).encode()
     for name, content in written.items():
-        partial = folder / (name + ".partial")
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
 
 
 def _csv(rows: list[dict]) -> bytes:

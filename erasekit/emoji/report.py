@@ -21,8 +21,7 @@ from erasekit.emoji.train import JUDGE_PLACEMENT, degrade
 from erasekit.evaluate import world
 from erasekit.evaluate.metrics import rate
 from erasekit.models import DiffusionModel, load
-from erasekit.notebooks import write_atomically
-from erasekit.paths import EMOJI
+from erasekit.paths import EMOJI, write_atomically
 
 SEEDS = 5
 HELD_OUT_SEED = 20_000  # the training scripts use small seeds, so these augmentations were never seen

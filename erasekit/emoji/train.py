@@ -9,7 +9,6 @@ python -m erasekit.emoji.train judge    # the referee, from real pictures alone
 """
 
 import argparse
-import os
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
 from erasekit.emoji.training import CHECKPOINTS, last_step, optimize
 from erasekit.models import DiffusionModel
-from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_JUDGE, EMOJI_MODEL
+from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_JUDGE, EMOJI_MODEL, replacing
 
 
 def batch(sprites: torch.Tensor, n: int, generator: torch.Generator, placement: Placement):
@@ -381,9 +380,8 @@ def picture_pool(copies: int) -> dict[str, torch.Tensor]:
         backgrounds.append(background)
     pool = {"latents": torch.stack(latents).unflatten(0, sprites.shape[:2]).contiguous(),
             "background": torch.stack(backgrounds).unflatten(0, sprites.shape[:2])}  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(pool, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    with replacing(path) as temporary:
+        save_file(pool, temporary)
     return pool
 
 

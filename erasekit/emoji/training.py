@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from erasekit.paths import BUILD
+from erasekit.paths import BUILD, replacing
 
 CHECKPOINTS = BUILD / "emoji"
 
@@ -32,14 +31,12 @@ def save_checkpoint(path: Path, module, average, optimizer, step: int, generator
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
     tensors["generator"] = generator.get_state()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(
-        {k: v.detach().clone().contiguous() for k, v in tensors.items()},
-        partial,
-        metadata={"step": str(step), "seconds": json.dumps(seconds)},
-    )
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        save_file(
+            {k: v.detach().clone().contiguous() for k, v in tensors.items()},
+            temporary,
+            metadata={"step": str(step), "seconds": json.dumps(seconds)},
+        )
 
 
 def load_checkpoint(path: Path, module, average, optimizer, generator) -> tuple[int, float]:

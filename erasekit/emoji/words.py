@@ -7,7 +7,6 @@ captions have, and "handgun" lies near "pistol" though no picture was ever capti
 
 import hashlib
 import json
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from erasekit.emoji import captions
-from erasekit.paths import BUILD
+from erasekit.paths import BUILD, replacing
 
 PACKAGES = BUILD / "npm" / "node_modules"
 LENGTH = 32
@@ -122,9 +121,8 @@ def meanings(texts: list[str], cache: Path) -> Tensor:
                 return file.get_tensor("meanings").float()
     rows = teacher().encode(texts, batch_size=128, convert_to_tensor=True, show_progress_bar=True)
     rows = F.normalize(rows.float(), dim=-1).cpu()
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"meanings": rows.half()}, cache.with_suffix(".partial"), metadata={"texts": key})
-    os.replace(cache.with_suffix(".partial"), cache)
+    with replacing(cache) as temporary:
+        save_file({"meanings": rows.half()}, temporary, metadata={"texts": key})
     return rows
 
 

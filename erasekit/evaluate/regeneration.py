@@ -28,7 +28,7 @@ from erasekit.evaluate.metrics import harmonic_mean, separated
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import rece
 from erasekit.models import DiffusionModel, load
-from erasekit.notebooks import write_atomically
+from erasekit.paths import write_atomically
 
 
 def spread(prompts: Sequence[world.Prompt], count: int) -> list[world.Prompt]:

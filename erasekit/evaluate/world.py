@@ -15,8 +15,7 @@ from erasekit.edits import Edit
 from erasekit.emoji import data, judge
 from erasekit.evaluate.metrics import rate, separated
 from erasekit.models import DiffusionModel
-from erasekit.notebooks import write_atomically
-from erasekit.paths import BUILD
+from erasekit.paths import BUILD, write_atomically
 
 STEPS, GUIDANCE = 25, 5.0
 
