@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from erasekit.concepts import Concept, as_concepts, token_ids
-from erasekit.paths import EMOJI_MODEL
+from erasekit.paths import EMOJI_MODEL, write_atomically
 from erasekit.sampling import denoise
 
 # How a style of the emoji world stands in a prompt
@@ -266,6 +266,10 @@ class DiffusionModel:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read."""
         self.pipeline.save_pretrained(folder, safe_serialization=True)
+        for file in Path(folder).rglob("*.json"):  # where it was read from here means nothing elsewhere
+            config = json.loads(file.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                write_atomically(file, json.dumps(config, indent=2) + "\n")
         (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
 
     def _pairs(self, prompts, seeds) -> tuple[list[str], list[int]]:

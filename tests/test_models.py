@@ -285,6 +285,13 @@ def test_fingerprint_is_of_the_weights(shared_model, model):
     assert models.load(model.pipeline).fingerprint() != shared_model.fingerprint()
 
 
+def test_a_saved_model_does_not_say_where_it_was_read_from(shared_model, tmp_path):
+    shared_model.save_pretrained(tmp_path / "one")
+    models.load(tmp_path / "one").save_pretrained(tmp_path / "two")
+    configs = sorted((tmp_path / "two").rglob("*.json"))
+    assert configs and not any(str(tmp_path) in file.read_text() for file in configs)
+
+
 def test_vae_has_a_fingerprint_of_its_own(model, shared_model):
     """An edit fits a model with another VAE; a measured picture does not."""
     with torch.no_grad():

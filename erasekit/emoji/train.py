@@ -161,6 +161,7 @@ def train_decoder(steps: int = 2000, begin: int = 0, size: int = 32, noise: floa
     )
     module.load_state_dict(average, strict=False)
     vae.half().save_pretrained(EMOJI_MODEL / "vae")
+    save_pipeline()
 
 
 @torch.no_grad()
@@ -508,6 +509,7 @@ def main() -> None:
         "vae": train_vae,
         "decoder": train_decoder,
         "clip": train_clip,
+        "vision": train_vision,
         "unet": train_unet,
         "judge": train_judge,
     }
