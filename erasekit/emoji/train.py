@@ -328,7 +328,7 @@ def train_vision(steps: int = 700, begin: int = 0, size: int = 96) -> None:
         weight_decay=0.05,
     )
     module.load_state_dict(average, strict=False)
-    save_clip(clip, tokenizer)
+    save_vision(clip.half())
 
 
 def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
@@ -339,8 +339,14 @@ def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
     text.save_pretrained(EMOJI_MODEL / "text_encoder")
     tokenizer.save_pretrained(EMOJI_MODEL / "tokenizer")
     clip.config.save_pretrained(EMOJI_CLIP)
+    save_vision(clip)
+
+
+def save_vision(clip: CLIPModel) -> None:
+    """What of the CLIP is not its text tower."""
     rest = {k: v.contiguous() for k, v in clip.state_dict().items() if not k.startswith("text_model.")}
-    save_file(rest, EMOJI_CLIP / "vision.safetensors", metadata={"format": "pt"})
+    with replacing(EMOJI_CLIP / "vision.safetensors") as temporary:
+        save_file(rest, temporary, metadata={"format": "pt"})
 
 
 # ---- UNet -----------------------------------------------------------------------------------------------------
