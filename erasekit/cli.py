@@ -48,7 +48,7 @@ def generate(
     model: Model = "emoji",
     edit: Annotated[Path | None, typer.Option(help="An edit to apply, written by erase.")] = None,
     steps: int = 25,
-    guidance: float = 5.0,
+    guidance: float = 3.0,
 ) -> None:
     """Draw one picture from a prompt, with or without an edit."""
     with _one_line_errors():

@@ -17,7 +17,7 @@ from erasekit.evaluate.metrics import rate, separated
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, write_atomically
 
-STEPS, GUIDANCE = 25, 5.0
+STEPS, GUIDANCE = 25, 3.0
 
 
 @dataclass(frozen=True)
