@@ -27,7 +27,7 @@ def pictures(model):
 def stock_pictures(pipeline):
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 2)]
     out = pipeline(
-        PROMPTS, num_inference_steps=4, guidance_scale=5.0, height=16, width=16, generator=generators
+        PROMPTS, num_inference_steps=4, guidance_scale=3.0, height=16, width=16, generator=generators
     )
     return np.stack([np.asarray(picture) for picture in out.images]).astype(int)
 
