@@ -15,6 +15,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from erasekit import closed_form
 from erasekit.closed_form import ContextMap
 from erasekit.evaluate.world import machine
 from erasekit.layers import cross_attention_kv
-from erasekit.methods import rece
+from erasekit.methods import rece, uce
 from erasekit.paths import write_atomically
 
 LENGTH = 77
@@ -49,8 +50,9 @@ SHAPES = {
         transformer_layers_per_block=(1, 2, 10),
     ),
 }  # fmt: skip
-UCE = {"erase_scale": 1.0, "preserve_scale": 1.0, "lam": 0.5}
-ROUND = {"erase_scale": 1.0, "preserve_scale": 0.1, "lam": 0.1}
+CONFIG = rece.Config()
+UCE = (CONFIG.start.erase_scale, CONFIG.start.preserve_scale, CONFIG.start.lam)
+ROUND = (CONFIG.erase_scale, CONFIG.lambda_1, CONFIG.lambda_2)
 
 
 def weights(family: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -72,7 +74,7 @@ def prompts(count: int, d: int, generator: torch.Generator) -> torch.Tensor:
 # ---- one matrix -----------------------------------------------------------------------------------------------
 
 
-def one_matrix(ws, c, c_star, kept, epochs: int, lam: float = 0.1) -> tuple[ContextMap, dict[str, float]]:
+def one_matrix(ws, c, c_star, kept, epochs: int) -> tuple[ContextMap, dict[str, float]]:
     """UCE and `epochs` rounds in d dimensions; seconds of each phase."""
     seconds = {}
     with clock(seconds, "condense"):
@@ -80,10 +82,10 @@ def one_matrix(ws, c, c_star, kept, epochs: int, lam: float = 0.1) -> tuple[Cont
     with clock(seconds, "gram"):
         gram = closed_form.weight_gram(ws.values()) if epochs else None
     with clock(seconds, "solve"):
-        t = closed_form.solve(c, c_star, kept, **UCE)
-        for _ in range(epochs):
-            derived = rece.derive(t, gram, c, lam)
-            t = t.compose(closed_form.solve(derived, c_star, kept, **ROUND))
+        given = uce.Rows(c, c_star, kept, {})
+        t = uce.solve(given, CONFIG.start)
+        for _, after in rece.rounds(t, gram, given, kept, replace(CONFIG, epochs=epochs)):
+            t = after
     return t, seconds
 
 
@@ -92,7 +94,7 @@ def one_matrix(ws, c, c_star, kept, epochs: int, lam: float = 0.1) -> tuple[Cont
 
 def literal_erase(w, c, c_star, kept, scales):
     """M_num M_den^-1 for one weight; c, c_star, kept: lists of prompts (rows, d)."""
-    e, p, ridge = scales.values()
+    e, p, ridge = scales
     numerator, denominator = ridge * w, ridge * torch.eye(w.shape[1], dtype=torch.float64)
     for old, new in zip(c, c_star, strict=True):
         numerator = numerator + e * (w @ new.T) @ old
@@ -116,7 +118,7 @@ def literal_derive(old, new, c, lam):
     return derived
 
 
-def literal(ws, c, c_star, kept, epochs: int, budget: float, lam: float = 0.1):
+def literal(ws, c, c_star, kept, epochs: int, budget: float):
     """New weights of the layers there was time for, seconds for all of them, and the share that was measured."""
     old = {name: w.double() for name, w in ws.items()}
     work = {name: 2 * w.shape[0] + w.shape[1] for name, w in ws.items()}
@@ -126,7 +128,7 @@ def literal(ws, c, c_star, kept, epochs: int, budget: float, lam: float = 0.1):
         if not epochs and time.perf_counter() - start > budget:
             break
     for _ in range(epochs):
-        derived = literal_derive(old, new, c, lam)
+        derived = literal_derive(old, new, c, CONFIG.lam)
         new = {name: literal_erase(w, derived, c_star, kept, ROUND) for name, w in new.items()}
     share = sum(work[name] for name in new) / sum(work.values())
     return new, (time.perf_counter() - start) / share, share
@@ -163,11 +165,8 @@ def cell(family: str, concepts: int, preserved: int, epochs: int, budget: float,
     c_star = [blocks[concepts].double()] * concepts
     kept = blocks[concepts + 1 :]
 
-    def ours():
-        t, seconds = one_matrix(ws, torch.cat(c), torch.cat(c_star), kept.flatten(0, 1), epochs)
-        return t, seconds
-
-    t, seconds = fastest(ours, 3)
+    rows = torch.cat(c), torch.cat(c_star), kept.flatten(0, 1)
+    t, seconds = fastest(lambda: one_matrix(ws, *rows, epochs), 3)
     with clock(seconds, "apply"):
         for w in ws.values():
             t.apply_to_weight(w)

@@ -75,7 +75,10 @@ class ContextMap:
         """T_self T_other: `self` is applied to the weights first, W' = (W T_self) T_other."""
         _same_width(self, other)
         left = torch.cat([self.left, other.left + self.left @ (self.right.T @ other.left)], 1)
-        return ContextMap(left, torch.cat([self.right, other.right], 1))
+        right = torch.cat([self.right, other.right], 1)
+        if left.shape[1] > self.d:  # thin factors would be wider than T - I itself
+            left, right = left @ right.T, torch.eye(self.d).to(left)
+        return ContextMap(left, right)
 
     def scaled(self, alpha: float) -> "ContextMap":
         """I + alpha (T - I): alpha 0 changes nothing, 1 is this map, above 1 exaggerates it."""
@@ -150,18 +153,18 @@ def solve(
 
     left = erase_scale * (c_star - c).T
     weighted = torch.cat([erase_scale**0.5 * c, preserve_scale**0.5 * kept])  # S, with M = lam I + S^T S
+    singular = f"the least-squares system is singular with lam={lam}: raise lam, or give independent rows"
     if len(weighted) < d and lam > 0:
         # M^-1 S^T = S^T (lam I + S S^T)^-1: the same answer from a system as small as the number of rows.
         gram = weighted @ weighted.T + lam * torch.eye(len(weighted)).to(c)
         first = torch.eye(len(weighted), n).to(c)
-        right = weighted.T @ torch.cholesky_solve(first, _cholesky(gram, lam)) / erase_scale**0.5
+        right = weighted.T @ torch.cholesky_solve(first, cholesky(gram, singular)) / erase_scale**0.5
         return ContextMap(left, right)
-    factor = _cholesky(_gram(weighted) + lam * torch.eye(d).to(c), lam)
+    factor = cholesky(_gram(weighted) + lam * torch.eye(d).to(c), singular)
     if n < d:
         return ContextMap(left, torch.cholesky_solve(c.T, factor))
-    return ContextMap(
-        torch.cholesky_solve(c.T @ left.T, factor).T, torch.eye(d).to(c)
-    )  # thin factors would be wider
+    dense = torch.cholesky_solve(c.T @ left.T, factor).T  # thin factors would be wider than T - I itself
+    return ContextMap(dense, torch.eye(d).to(c))
 
 
 def condensed(rows: Tensor) -> Tensor:
@@ -204,11 +207,10 @@ def _checked(name: str, value: Tensor, like: Tensor) -> Tensor:
     return value.detach().to(like.device, torch.float64)
 
 
-def _cholesky(gram: Tensor, lam: float) -> Tensor:
+def cholesky(gram: Tensor, complaint: str) -> Tensor:
+    """Lower factor of a symmetric (n, n). ValueError(complaint) when it is singular to working precision."""
     factor, info = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal() ** 2
     if info.item() or pivots.min() <= len(gram) * torch.finfo(torch.float64).eps * pivots.max():
-        raise ValueError(
-            f"the least-squares system is singular with lam={lam}: raise lam, or give independent rows"
-        )
+        raise ValueError(complaint)
     return factor

@@ -94,6 +94,34 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     )
 
 
+def literal_erase(w, pairs, kept, e: float, p: float, ridge: float) -> torch.Tensor:
+    """M_num M_den^-1 of the method sheet for one weight, one outer product at a time and an explicit inverse.
+
+    pairs: (c, c*) rows; kept: rows to preserve.
+    """
+    numerator, denominator = ridge * w, ridge * torch.eye(w.shape[1], dtype=torch.float64)
+    for c, c_star in pairs:
+        numerator = numerator + e * torch.outer(w @ c_star, c)
+        denominator = denominator + e * torch.outer(c, c)
+    for c in kept:
+        numerator = numerator + p * torch.outer(w @ c, c)
+        denominator = denominator + p * torch.outer(c, c)
+    return numerator @ torch.linalg.inv(denominator)
+
+
+def block(model, prompt: str) -> torch.Tensor:
+    """Embeddings of a prompt, float64 (length, d)."""
+    return model.encode(prompt)[0].double()
+
+
+def aligned(model, phrase: str, anchor: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slice of the code of 2023: from the last real token to the end, both cut to equal length."""
+    last = lambda prompt: sum(model.tokenizer(prompt).attention_mask) - 2
+    old, new = last(phrase), last(anchor)
+    far = max(old, new)
+    return block(model, phrase)[old : LENGTH - (far - old)], block(model, anchor)[new : LENGTH - (far - new)]
+
+
 @pytest.fixture(scope="session")
 def shared_model() -> models.DiffusionModel:
     """Read only: a test that changes the model takes `model`."""

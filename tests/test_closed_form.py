@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import literal_erase
 
 from erasekit.closed_form import ContextMap, solve
 
@@ -36,16 +37,8 @@ def objective(new, weight, problem):
 
 
 def literal_layer(weight, problem):
-    """M_num M_den^-1 of the method sheet, one outer product at a time."""
-    e, p, lam = problem["scales"].values()
-    numerator, denominator = lam * weight, lam * torch.eye(D, dtype=torch.float64)
-    for c, c_star in zip(problem["c"], problem["c_star"], strict=True):
-        numerator = numerator + e * torch.outer(weight @ c_star, c)
-        denominator = denominator + e * torch.outer(c, c)
-    for c in problem["p"]:
-        numerator = numerator + p * torch.outer(weight @ c, c)
-        denominator = denominator + p * torch.outer(c, c)
-    return numerator @ torch.linalg.inv(denominator)
+    pairs = zip(problem["c"], problem["c_star"], strict=True)
+    return literal_erase(weight, pairs, problem["p"], *problem["scales"].values())
 
 
 def relative(a, b):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTH, tiny_pipeline
+from conftest import LENGTH, aligned, block, literal_erase, tiny_pipeline
 
 import erasekit as ek
 from erasekit import closed_form, models
@@ -133,30 +133,6 @@ def test_a_singular_derivation_is_an_error(world):
 # ---- the whole method -----------------------------------------------------------------------------------------
 
 
-def block(model, prompt):
-    return model.encode(prompt)[0].double()
-
-
-def aligned(model, phrase, anchor):
-    """The slice of the 2023 code: from the last real token to the end, cut to equal length."""
-    last = lambda prompt: sum(model.tokenizer(prompt).attention_mask) - 2
-    old, new = last(phrase), last(anchor)
-    far = max(old, new)
-    return block(model, phrase)[old : LENGTH - (far - old)], block(model, anchor)[new : LENGTH - (far - new)]
-
-
-def erased_layer(w, pairs, kept, e, p, ridge):
-    """M_num M_den^-1, one outer product at a time."""
-    numerator, denominator = ridge * w, ridge * torch.eye(w.shape[1], dtype=torch.float64)
-    for c, c_star in pairs:
-        numerator = numerator + e * torch.outer(w @ c_star, c)
-        denominator = denominator + e * torch.outer(c, c)
-    for c in kept:
-        numerator = numerator + p * torch.outer(w @ c, c)
-        denominator = denominator + p * torch.outer(c, c)
-    return numerator @ torch.linalg.inv(denominator)
-
-
 def literal_rece(model, erase, preserve, anchor, config):
     """Algorithm of the method sheet, section 2, on the weights themselves: every layer by itself, no shared matrix."""
     old = {name: layer.weight.detach().double() for name, layer in cross_attention_kv(model.unet).items()}
@@ -167,7 +143,7 @@ def literal_rece(model, erase, preserve, anchor, config):
         loop = [aligned(model, phrase, anchor) for phrase in erase]
     start = [pair for phrase in erase for pair in zip(*aligned(model, phrase, anchor), strict=True)]
     s = config.start
-    new = {n: erased_layer(w, start, kept, s.erase_scale, s.preserve_scale, s.lam) for n, w in old.items()}
+    new = {n: literal_erase(w, start, kept, s.erase_scale, s.preserve_scale, s.lam) for n, w in old.items()}
     for _ in range(config.epochs):
         pairs = []
         for rows, anchors in loop:
@@ -179,7 +155,7 @@ def literal_rece(model, erase, preserve, anchor, config):
                     right = right + new[name].T @ (old[name] @ c)
                 pairs.append((torch.linalg.inv(left) @ right, c_star))
         new = {
-            n: erased_layer(w, pairs, kept, config.erase_scale, config.lambda_1, config.lambda_2)
+            n: literal_erase(w, pairs, kept, config.erase_scale, config.lambda_1, config.lambda_2)
             for n, w in new.items()
         }
     return new

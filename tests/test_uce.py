@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTH, tiny_pipeline
+from conftest import LENGTH, aligned, block, literal_erase, tiny_pipeline
 
 import erasekit as ek
 from erasekit import models
@@ -17,31 +17,14 @@ PLAIN = ek.uce.Config(lam=0.1, preserve_scale=0.5)
 
 
 def per_layer_reference(model, erase, preserve, anchor, config):
-    """New weights {name: float64}, by loops over layers and tokens and an explicit inverse per layer (2023
-    code)."""
-
-    def last_real_token(prompt):
-        return sum(model.tokenizer(prompt).attention_mask) - 2
-
-    new = {}
-    for name, layer in cross_attention_kv(model.unet).items():
-        w = layer.weight.detach().double()
-        numerator = config.lam * w
-        denominator = config.lam * torch.eye(w.shape[1], dtype=torch.float64)
-        for phrase in erase:
-            t_old, t_new = last_real_token(phrase), last_real_token(anchor)
-            farthest = max(t_old, t_new)
-            old = model.encode(phrase)[0].double()[t_old : LENGTH - (farthest - t_old)]
-            target = model.encode(anchor)[0].double()[t_new : LENGTH - (farthest - t_new)]
-            for c, c_star in zip(old, target, strict=True):
-                numerator = numerator + config.erase_scale * torch.outer(w @ c_star, c)
-                denominator = denominator + config.erase_scale * torch.outer(c, c)
-        for phrase in [*preserve, ""]:
-            for c in model.encode(phrase)[0].double():
-                numerator = numerator + config.preserve_scale * torch.outer(w @ c, c)
-                denominator = denominator + config.preserve_scale * torch.outer(c, c)
-        new[name] = numerator @ torch.linalg.inv(denominator)
-    return new
+    """New weights {name: float64}, every layer by itself (2023 code)."""
+    pairs = [pair for phrase in erase for pair in zip(*aligned(model, phrase, anchor), strict=True)]
+    kept = [row for phrase in [*preserve, ""] for row in block(model, phrase)]
+    scales = config.erase_scale, config.preserve_scale, config.lam
+    return {
+        name: literal_erase(layer.weight.detach().double(), pairs, kept, *scales)
+        for name, layer in cross_attention_kv(model.unet).items()
+    }
 
 
 def pictures(model, prompts, guidance=5.0):

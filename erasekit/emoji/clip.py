@@ -38,11 +38,12 @@ def to_tensor(pictures: Sequence[Image]) -> Tensor:
 
 
 @torch.no_grad()
-def text_features(prompts: Sequence[str]) -> Tensor:
+def text_features(prompts: Sequence[str], batch_size: int = 256) -> Tensor:
     """Unit rows (n, 256)."""
     clip, tokenizer = _parts()
+    parts = token_ids(tokenizer, prompts).split(batch_size)
     return F.normalize(
-        clip.text_projection(clip.text_model(token_ids(tokenizer, prompts)).pooler_output), dim=-1
+        torch.cat([clip.text_projection(clip.text_model(ids).pooler_output) for ids in parts]), dim=-1
     )
 
 

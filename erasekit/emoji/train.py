@@ -9,6 +9,7 @@ python -m erasekit.emoji.train judge    # the referee, from real pictures alone
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from erasekit.concepts import token_ids
 from erasekit.emoji import captions, data
-from erasekit.emoji.clip import load_clip
+from erasekit.emoji.clip import load_clip, text_features
 from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
 from erasekit.emoji.training import CHECKPOINTS, last_step, optimize
@@ -202,6 +203,17 @@ def contrastive(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
+def describes(text: Sequence[torch.Tensor], picture: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether caption i is true of picture j, bool (n, m).
+
+    text: concept, style + 1 or 0 where none is named, and background, each (n,); a white one is rarely named and
+    fits all. picture: concept, style and background, each (m,).
+    """
+    (concept, named, background), (shown, style, behind) = text, picture
+    same = (concept[:, None] == shown) & ((named[:, None] == 0) | (named[:, None] == style + 1))
+    return same & ((background[:, None] == 0) | (background[:, None] == behind))
+
+
 def train_clip(steps: int = 1000, pictures: int = 96, words_: int = 144, glosses: int = 32) -> None:
     """Contrastive on pictures and captions, plus 4 (1 - cos) to the sentence encoder through a linear head.
 
@@ -249,8 +261,7 @@ def train_clip(steps: int = 1000, pictures: int = 96, words_: int = 144, glosses
         image = F.normalize(clip.visual_projection(image), dim=-1)
         text = F.normalize(clip.text_projection(text[:pictures]), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * text @ image.T
-        same = (concept[:, None] == concept) & ((named[:, None] == 0) | (named[:, None] == style + 1))
-        same &= (background[:, None] == 0) | (background[:, None] == background)  # white is rarely named
+        same = describes((concept, named, background), (concept, style, background))
         match = contrastive(logits, same) / 2 + contrastive(logits.T, same.T) / 2
         return {"loss": match + 4 * distance, "contrastive": match.detach(), "distance": distance.detach()}
 
@@ -269,14 +280,6 @@ def train_clip(steps: int = 1000, pictures: int = 96, words_: int = 144, glosses
     save_clip(clip, tokenizer)
 
 
-@torch.no_grad()
-def caption_features(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Unit vectors (n, 256) of captions."""
-    parts = tqdm(token_ids(tokenizer, texts).split(256), desc="encoding captions", mininterval=10)
-    rows = [clip.text_projection(clip.text_model(ids).pooler_output) for ids in parts]
-    return F.normalize(torch.cat(rows), dim=-1)
-
-
 def train_vision(steps: int = 700, begin: int = 0, size: int = 96) -> None:
     """Train the vision tower of a trained CLIP on; its text tower, which the UNet has learned to read, stays.
 
@@ -284,12 +287,11 @@ def train_vision(steps: int = 700, begin: int = 0, size: int = 96) -> None:
     in every style. A third of the pictures at least are of the style that zero-shot recognition is worst at, ink.
     """
     torch.manual_seed(0)
-    clip, tokenizer = load_clip().float(), CLIPTokenizer.from_pretrained(EMOJI_MODEL / "tokenizer")
-    clip.requires_grad_(False)
+    clip = load_clip().requires_grad_(False)
     module = torch.nn.ModuleDict({"vision": clip.vision_model, "projection": clip.visual_projection})
     module.requires_grad_(True)
     captions_ = captions.pool(10, 1, torch.Generator().manual_seed(2))
-    features, table = caption_features(clip, tokenizer, captions_.texts), captions_.table()
+    features, table = text_features(captions_.texts), captions_.table()
     sprites, generator = load_sprites(), torch.Generator().manual_seed(7 + begin)
     ink = data.STYLES.index("ink")
     rival_concept, rival_style = (
@@ -303,14 +305,13 @@ def train_vision(steps: int = 700, begin: int = 0, size: int = 96) -> None:
         concept = torch.randint(sprites.shape[1], (size,), generator=generator)
         x, background = place(sprites[style, concept], WIDE, generator)
         named = torch.where(torch.rand(size, generator=generator) < 0.2, 0, style + 1)
-        about = [torch.cat(pair) for pair in ((concept, rival_concept), (named, rival_style))]
-        about.append(torch.cat([background, torch.zeros_like(rival_concept)]))
+        rivals = (rival_concept, rival_style, torch.zeros_like(rival_concept))
+        about = [torch.cat(pair) for pair in zip((concept, named, background), rivals, strict=True)]
         slot = torch.randint(table.shape[-1], (len(about[0]),), generator=generator)
-        text = features[table[about[0], about[1], about[2], slot]]
+        text = features[table[*about, slot]]
         image = F.normalize(clip.visual_projection(clip.vision_model(x).pooler_output), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
-        same = (about[0] == concept[:, None]) & ((about[1] == 0) | (about[1] == style[:, None] + 1))
-        same &= (about[2] == 0) | (about[2] == background[:, None])
+        same = describes(about, (concept, style, background)).T
         match = contrastive(logits, same) / 2 + contrastive(logits[:, :size].T, same[:, :size].T) / 2
         guess = rival_concept[logits[:, size:].argmax(1)]
         return {"loss": match, "right": (guess == concept).float().mean()}

@@ -61,9 +61,9 @@ def measure(
     progress: bool = False,
 ) -> dict:
     """The module's table as a dict, `pictures` of each kind (synonyms: as many as there are, once each, at most)."""
+    config = config or rece.PRESETS["emoji"]
     states: list[dict] = []
     edit = rece.fit(model, erase, preserve, config=config, callback=states.append)
-    config = config or rece.PRESETS["emoji"]
     erased = [concept.name for concept in model.concepts(erase)]
     target, synonyms, others = prompts_about(erased)
     style = set(erased) <= set(data.STYLES)

@@ -30,7 +30,7 @@ The full text of the paper could not be read: objective and symbols are from its
 code [code]. Defaults and presets are the settings of the README.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -126,13 +126,8 @@ def derive(
         left, right = left + lam * eye, right + lam * targets.double().T
     elif regularizer == "zero":
         left = left + lam * eye
-    factor, info = torch.linalg.cholesky_ex((left + left.T) / 2)
-    pivots = factor.diagonal() ** 2
-    if info.item() or pivots.min() <= len(a) * torch.finfo(torch.float64).eps * pivots.max():
-        raise ValueError(
-            f"no unique embedding regenerates the concept with lam={lam} and regularizer={regularizer!r}: raise lam"
-        )
-    return torch.cholesky_solve(right, factor).T
+    singular = f"no unique embedding regenerates the concept with lam={lam} and regularizer={regularizer!r}: raise lam"
+    return torch.cholesky_solve(right, closed_form.cholesky((left + left.T) / 2, singular)).T
 
 
 def attack_residual(context_map: ContextMap, gram: Tensor, derived: Tensor, sources: Tensor) -> float:
@@ -141,6 +136,26 @@ def attack_residual(context_map: ContextMap, gram: Tensor, derived: Tensor, sour
     difference = context_map.apply(derived.double()) - sources
     squared = lambda x: (x @ gram * x).sum().clamp_min(0)
     return float((squared(difference) / squared(sources).clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+
+def rounds(
+    t: ContextMap, gram: Tensor, paired: uce.Rows, preserved: Tensor | None, config: Config
+) -> Iterator[tuple[Tensor, ContextMap]]:
+    """The embeddings (n, d) that each of `config.epochs` rounds derives from the map so far, and the map after it."""
+    for _ in range(config.epochs):
+        derived = derive(
+            t, gram, paired.sources, config.lam, regularizer=config.regularizer, targets=paired.targets
+        )
+        step = closed_form.solve(
+            derived,
+            paired.targets,
+            preserved,
+            erase_scale=config.erase_scale,
+            preserve_scale=config.lambda_1,
+            lam=config.lambda_2,
+        )
+        t = t.compose(step)
+        yield derived, t
 
 
 def fit(
@@ -168,38 +183,24 @@ def fit(
         whole = replace(config.start, tokens="all", templates=("{}",))
         paired = uce.rows(model, erase, preserve, anchor, whole)
     kept = None if given.preserved is None else closed_form.condensed(given.preserved)
-    report = callback or (lambda state: None)
-
     t = uce.solve(replace(given, preserved=kept), config.start)
-    report({"step": 0, "context_map": t, **uce.residuals(t, given)})
+    if callback is not None:
+        callback({"step": 0, "context_map": t, **uce.residuals(t, given)})
     gram = closed_form.weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
     gram = gram.to(given.sources.device)
-    for epoch in range(config.epochs):
-        derived = derive(
-            t, gram, paired.sources, config.lam, regularizer=config.regularizer, targets=paired.targets
-        )
-        before = attack_residual(t, gram, derived, paired.sources)
-        step = closed_form.solve(
-            derived,
-            paired.targets,
-            kept,
-            erase_scale=config.erase_scale,
-            preserve_scale=config.lambda_1,
-            lam=config.lambda_2,
-        )
-        t = t.compose(step)
-        if t.rank > t.d:
-            t = ContextMap(t.matrix() - torch.eye(t.d).to(gram), torch.eye(t.d).to(gram))
-        report(
-            {
-                "step": epoch + 1,
-                "context_map": t,
-                "derived": derived,
-                "sources": paired.sources,
-                "norm_ratio": float(derived.norm() / paired.sources.norm()),
-                "attack_residual_before": before,
-                "attack_residual": attack_residual(t, gram, derived, paired.sources),
-                **uce.residuals(t, given),
-            }
-        )
+    for epoch, (derived, after) in enumerate(rounds(t, gram, paired, kept, config)):
+        if callback is not None:
+            callback(
+                {
+                    "step": epoch + 1,
+                    "context_map": after,
+                    "derived": derived,
+                    "sources": paired.sources,
+                    "norm_ratio": float(derived.norm() / paired.sources.norm()),
+                    "attack_residual_before": attack_residual(t, gram, derived, paired.sources),
+                    "attack_residual": attack_residual(after, gram, derived, paired.sources),
+                    **uce.residuals(after, given),
+                }
+            )
+        t = after
     return Edit.from_context_map(t, model, method="rece", config=config, concepts=given.concepts)
