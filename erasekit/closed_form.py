@@ -66,10 +66,12 @@ class ContextMap:
         return (x + (x @ self.right) @ self.left.T).to(embeddings)
 
     def apply_to_weight(self, weight: Tensor) -> Tensor:
-        """W T for W (d_out, d), computed in float64 and rounded once to the dtype of W."""
-        left, right = self.left.to(weight.device), self.right.to(weight.device)
-        w = weight.double()
-        return (w + (w @ left) @ right.T).to(weight.dtype)
+        """W T for W (d_out, d), in the dtype of W. W (T - I) is computed in float64 for a float64 W, else in float32:
+        its rounding is then far below that of W itself.
+        """
+        w = weight if weight.dtype == torch.float64 else weight.float()
+        left, right = self.left.to(w), self.right.to(w)
+        return torch.addmm(w, w @ left, right.T).to(weight.dtype)
 
     def compose(self, other: "ContextMap") -> "ContextMap":
         """T_self T_other: `self` is applied to the weights first, W' = (W T_self) T_other."""
@@ -187,13 +189,15 @@ def weight_gram(weights: Iterable[Tensor]) -> Tensor:
     return sum(_gram(weight.detach()) for weight in weights)
 
 
-def _gram(rows: Tensor, block: int = 4096) -> Tensor:
-    """rows^T rows in float64, a block of rows at a time."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+def _gram(rows: Tensor, block: int = 4096, columns: int = 128) -> Tensor:
+    """rows^T rows in float64, a block of rows and columns at a time; symmetry gives the upper half."""
+    d = rows.shape[1]
+    total = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
     for part in rows.split(block):
         part = part.double()
-        total.addmm_(part.T, part)
-    return total
+        for i in range(0, d, columns):
+            total[i:, i : i + columns].addmm_(part[:, i:].T, part[:, i : i + columns])
+    return total.tril() + total.tril(-1).T
 
 
 def _checked(name: str, value: Tensor, like: Tensor) -> Tensor:

@@ -266,10 +266,7 @@ class DiffusionModel:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read."""
         self.pipeline.save_pretrained(folder, safe_serialization=True)
-        for file in Path(folder).rglob("*.json"):  # where it was read from here means nothing elsewhere
-            config = json.loads(file.read_text())
-            if config.pop("_name_or_path", None) is not None:
-                write_atomically(file, json.dumps(config, indent=2) + "\n")
+        drop_origin(folder)
         (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
 
     def _pairs(self, prompts, seeds) -> tuple[list[str], list[int]]:
@@ -292,6 +289,14 @@ class DiffusionModel:
             prompts * count if len(prompts) == 1 else prompts,
             [int(seed) for seed in (seeds * count if len(seeds) == 1 else seeds)],
         )
+
+
+def drop_origin(folder: str | Path) -> None:
+    """Forget in each config below a folder where it was read from: that path means nothing elsewhere."""
+    for file in Path(folder).rglob("*.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            write_atomically(file, json.dumps(config, indent=2) + "\n")
 
 
 def _padded(rows: Tensor, size: int | None) -> Tensor:

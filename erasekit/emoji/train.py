@@ -24,7 +24,7 @@ from erasekit.emoji.clip import load_clip, text_features
 from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
 from erasekit.emoji.training import CHECKPOINTS, last_step, optimize
-from erasekit.models import DiffusionModel
+from erasekit.models import DiffusionModel, drop_origin
 from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_JUDGE, EMOJI_MODEL, replacing
 
 
@@ -96,7 +96,7 @@ def train_vae(steps: int = 1960, size: int = 32) -> None:
     )
     vae.load_state_dict(average, strict=False)
     standardize(vae, batch(sprites, 1024, generator, WIDE)[0])
-    vae.half().save_pretrained(EMOJI_MODEL / "vae")
+    save_part(vae, "vae")
 
 
 class PatchCritic(torch.nn.Module):
@@ -161,8 +161,7 @@ def train_decoder(steps: int = 2000, begin: int = 0, size: int = 32, noise: floa
         decay=0.995,
     )
     module.load_state_dict(average, strict=False)
-    vae.half().save_pretrained(EMOJI_MODEL / "vae")
-    save_pipeline()
+    save_part(vae, "vae")
 
 
 @torch.no_grad()
@@ -355,7 +354,7 @@ def save_vision(clip: CLIPModel) -> None:
 UNCONDITIONAL = 0.1  # share of training captions that are dropped, for classifier-free guidance
 SNR_CAP = 5.0  # gamma of min-SNR weighting (Hang et al., ICCV 2023)
 LATER_SNR_CAP = 20.0  # of a run that goes on: the shading that tells styles apart is settled at little noise
-LATER_SHARES = (1.0, 1.0, 1.0, 0.4, 1.6)  # of the styles, in such a run: ink is learned first, glossy last
+LATER_SHARES = (1.0, 1.0, 1.0, 0.4, 2.6)  # of the styles, in such a run: ink is learned first, glossy last
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -452,12 +451,19 @@ def train_unet(steps: int = 5000, begin: int = 0, size: int = 48, copies: int = 
         weight_decay=0.01,
     )
     unet.load_state_dict(average)
-    unet.half().save_pretrained(EMOJI_MODEL / "unet")
-    save_pipeline()
+    save_part(unet, "unet")
+    if not (EMOJI_MODEL / "model_index.json").exists():
+        save_pipeline()
+
+
+def save_part(part: torch.nn.Module, name: str) -> None:
+    """One trained part into its folder of the pipeline, in half precision."""
+    part.half().save_pretrained(EMOJI_MODEL / name)
+    drop_origin(EMOJI_MODEL / name)
 
 
 def save_pipeline() -> None:
-    """Join the trained parts into one stock pipeline folder, in half precision."""
+    """Join the parts, once all are trained, into one stock pipeline folder."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(EMOJI_MODEL / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(EMOJI_MODEL / "text_encoder"),

@@ -4,11 +4,15 @@
 
 For the map T_k after every round k (round 0 is UCE), on the emoji world:
 
-    target        the concept's prompts
-    attack        the same prompts, each row c of their embeddings replaced by the c' that is derived from T_k
+    attack        the concept's prompts, each row c of their embeddings replaced by the c' that is derived from T_k
     attack_after  the embeddings of `attack`, drawn by T_(k+1), which has erased the rows derived from the concept
+
+and for UCE and for the last round:
+
+    target        the concept's prompts as they are
     synonyms      prompts by the concept's synonyms, trained and held out
     others        prompts about everything else
+    harmonic_mean of 1 - target, others and 1 - synonyms: H_o of MACE (Lu et al., CVPR 2024)
 
 The attacker knows both models, and maps the prompt alone: the unconditional embedding goes in as it is.
 """
@@ -71,15 +75,15 @@ def measure(
     target = spread(target, pictures)
     seeds = range(-(-pictures // len(target)))
 
-    def rates(attack=None, everything: bool = True) -> dict:
-        found = {"target": right(world.judged(model, target, seeds, attack=attack, progress=progress))}
-        if everything:
-            found["others"] = right(world.judged(model, spread(others, pictures), progress=progress))
-            if synonyms:
-                found["synonyms"] = right(world.judged(model, spread(synonyms, pictures), progress=progress))
-        return found
+    def rates(attack=None) -> dict:
+        return right(world.judged(model, target, seeds, attack=attack, progress=progress))
 
-    before = rates()
+    def without_attack() -> dict:
+        found = {"target": rates(), "others": right(draw(others))}
+        return found | {"synonyms": right(draw(synonyms))} if synonyms else found
+
+    draw = lambda prompts: world.judged(model, spread(prompts, pictures), progress=progress)
+    before = without_attack()
     gram = weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
     eye = torch.eye(gram.shape[0], dtype=torch.float64)
     rounds, previous = [], None
@@ -89,18 +93,22 @@ def measure(
         edit_k = Edit.from_context_map(
             t, model, method="rece", config=config, concepts=edit.metadata["concepts"]
         )
+        row = {"round": state["step"]}
         with edit_k.applied(model):
-            row = {"round": state["step"], **rates(), "attack": rates(attack, False)["target"]}
+            if state["step"] in (0, config.epochs):
+                row |= without_attack()
+                kept = [1 - row["target"]["rate"], row["others"]["rate"]]
+                kept += [1 - row["synonyms"]["rate"]] if synonyms else []
+                row["harmonic_mean"] = round(harmonic_mean(kept), 5)
+            row["attack"] = rates(attack)
             if previous is not None:
-                rounds[-1]["attack_after"] = rates(previous, False)["target"]
+                rounds[-1]["attack_after"] = rates(previous)
         row["residuals"] = {
             key: state[key]
             for key in ("erase_residual", "preserve_drift", "attack_residual", "norm_ratio")
             if key in state
         }
-        kept = [1 - row["target"]["rate"], row["others"]["rate"]]
-        kept += [1 - row["synonyms"]["rate"]] if synonyms else []
-        rounds.append(row | {"harmonic_mean": round(harmonic_mean(kept), 5)})
+        rounds.append(row)
         previous = attack
     return {
         "fingerprint": model.fingerprint(),
