@@ -4,7 +4,8 @@ import copy
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from erasekit.concepts import Concept, as_concepts, token_ids
+from erasekit.layers import text_projected_once
 from erasekit.paths import EMOJI_MODEL, write_atomically
 from erasekit.sampling import denoise
 
@@ -78,10 +80,10 @@ class DiffusionModel:
     def fixed_batch(self) -> int | None:
         """4 for a small model (latents up to 16 x 16) on the CPU, else None.
 
-        On a CPU a matrix product rounds alike wherever a row stands, but not at every batch size. So a small
-        model always computes four at a time, the last batch padded: pictures are then equal bit by bit,
-        whatever batch they are in, for twice the time of a single picture and none of sixteen. Large models
-        would pay the full fourfold.
+        On a CPU a matrix product rounds alike wherever a row stands, but not at every batch size or number of
+        threads. So a small model always computes four at a time, the last batch padded, by one thread (and as
+        many batches at once as there are threads): pictures are then equal bit by bit, whatever batch they are
+        in, and sixteen take less time, not more. Large models would pay the full fourfold.
         """
         small = self.unet.config.sample_size <= 16 and self.device.type == "cpu"
         return FIXED_BATCH if small else None
@@ -114,11 +116,13 @@ class DiffusionModel:
         fixed, sides = self.fixed_batch, []
         for tokenizer, encoder, chosen in parts:
             batches = token_ids(tokenizer, prompts).to(self.device).split(fixed or batch_size)
-            outputs = (
-                encoder(_padded(batch, fixed), output_hidden_states=second is not None) for batch in batches
-            )
-            rows = [chosen(out)[: len(batch)] for out, batch in zip(outputs, batches, strict=True)]
-            sides.append(torch.cat(rows))
+
+            @torch.no_grad()
+            def rows(batch: Tensor, encoder=encoder, chosen=chosen) -> Tensor:
+                out = encoder(_padded(batch, fixed), output_hidden_states=second is not None)
+                return chosen(out)[: len(batch)]
+
+            sides.append(torch.cat(self._map(rows, batches)))
         return torch.cat(sides, -1).to(self.dtype)
 
     @torch.no_grad()
@@ -194,37 +198,56 @@ class DiffusionModel:
         uncond = self.encode("")[0] if uncond is None else uncond
         fixed = self.fixed_batch
         starts = range(0, len(embeddings), fixed or batch_size)
-        pictures = []
-        with tqdm(total=len(starts) * steps, disable=not progress, unit="step") as bar:
-            for first in starts:
-                part = slice(first, first + starts.step)
-                count = len(embeddings[part])
-                text = _padded(embeddings[part], fixed)
-                own = seeds[part] + seeds[part][-1:] * (len(text) - count)
 
-                def report(state: dict, first: int = first, count: int = count) -> None:
+        def batch(first: int) -> list[Image]:
+            part = slice(first, first + starts.step)
+            count = len(embeddings[part])
+            text = _padded(embeddings[part], fixed)
+            own = seeds[part] + seeds[part][-1:] * (len(text) - count)
+
+            def report(state: dict) -> None:
+                with tqdm.get_lock():
                     bar.update()
-                    if callback is not None:
-                        cut = {
-                            key: state[key][:count]
-                            for key in ("latents", "pred_x0")
-                            if state[key] is not None
-                        }
-                        callback({**state, **cut, "first": first})
+                if callback is not None:
+                    cut = {
+                        key: state[key][:count] for key in ("latents", "pred_x0") if state[key] is not None
+                    }
+                    callback({**state, **cut, "first": first})
 
-                latents = denoise(
-                    self.unet,
-                    self.scheduler,
-                    text,
-                    uncond.expand_as(text),
-                    [torch.Generator().manual_seed(seed) for seed in own],
-                    steps=steps,
-                    guidance=guidance,
-                    size=(self.unet.config.sample_size,) * 2,
-                    callback=report,
-                )
-                pictures += self.decode(latents)[:count]
-        return pictures
+            latents = denoise(
+                self.unet,
+                self.scheduler,
+                text,
+                uncond.expand_as(text),
+                [torch.Generator().manual_seed(seed) for seed in own],
+                steps=steps,
+                guidance=guidance,
+                size=(self.unet.config.sample_size,) * 2,
+                callback=report,
+            )
+            return self.decode(latents)[:count]
+
+        with (
+            tqdm(total=len(starts) * steps, disable=not progress, unit="step") as bar,
+            text_projected_once(self.unet),
+        ):
+            return [picture for part in self._map(batch, starts, callback is None) for picture in part]
+
+    def _map(self, work: Callable, items: Iterable, parallel: bool = True) -> list:
+        """work(item) for every item: on a small model one thread each, several items at a time, so that neither the
+        results nor, by much, the time depend on how many threads share one matrix product.
+        """
+        threads = torch.get_num_threads()
+        if self.fixed_batch is None:
+            return [work(item) for item in items]
+        torch.set_num_threads(1)
+        try:
+            if not parallel or threads == 1:
+                return [work(item) for item in items]
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(work, items))
+        finally:
+            torch.set_num_threads(threads)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image]:

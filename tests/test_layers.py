@@ -7,7 +7,13 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from erasekit.layers import cross_attention, cross_attention_kv, record_attention, text_backbone
+from erasekit.layers import (
+    cross_attention,
+    cross_attention_kv,
+    record_attention,
+    text_backbone,
+    text_projected_once,
+)
 
 
 def test_every_key_and_value_projection_and_nothing_else(shared_model):
@@ -121,3 +127,24 @@ def test_processors_come_back_after_an_exception(model):
         pass
     with pytest.raises(ValueError, match="nothing was recorded"):
         maps.heatmap(0)
+
+
+def test_a_text_is_projected_once(model):
+    layers = cross_attention_kv(model.unet)
+    text, other = model.encode(["a church", "a dog"]).split(1)
+    latents, t = torch.ones(1, 4, 8, 8), torch.tensor(3)
+    draw = lambda x: model.unet(latents, t, encoder_hidden_states=x, return_dict=False)[0]
+    with torch.no_grad():
+        plain = draw(text)
+        with text_projected_once(model.unet):
+            kept = {name: layer(text).data_ptr() for name, layer in layers.items()}
+            assert all(layer(text).data_ptr() == kept[name] for name, layer in layers.items())
+            assert torch.equal(draw(text), plain)
+            assert not torch.equal(draw(other), plain)  # control: another text is another text
+            assert torch.equal(draw(text.clone()), plain)
+    assert (
+        layers[next(iter(layers))](text).data_ptr() not in kept.values()
+    )  # control: outside it is done anew
+    with pytest.raises(RuntimeError), text_projected_once(model.unet):
+        raise RuntimeError
+    assert not any("forward" in vars(layer) for layer in layers.values())

@@ -1,5 +1,7 @@
 """Loading, generating and encoding on tiny pipelines of the real classes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,22 @@ def test_pictures_do_not_depend_on_batch_size_or_order(shared_model, batch_size)
     assert np.abs(together[1] - together[3]).max() > 20  # control: same seed, another prompt
 
 
+def test_pictures_do_not_depend_on_the_number_of_threads(shared_model):
+    before, seeds, found = torch.get_num_threads(), range(9), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(np.stack(shared_model.generate(["a church"], seeds, steps=2)))
+            assert torch.get_num_threads() == threads
+            with pytest.raises(ZeroDivisionError):
+                shared_model.generate(["a church"], seeds, steps=2, callback=lambda _: 1 / 0)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(one, found[0]) for one in found)
+    assert len(np.unique(found[0], axis=0)) == 9  # control: nine noises, nine pictures
+
+
 def test_real_batches_agree_to_one_level(shared_model, monkeypatch):
     """Without the fixed batch (large models, GPU) the noise is the same and the rest differs by rounding."""
     fixed = shared_model.generate(PROMPTS, SEEDS, steps=4)
@@ -57,9 +75,11 @@ def test_noise_is_the_seed_alone(shared_model, monkeypatch):
     )
     shared_model.generate(PROMPTS, SEEDS)
     shared_model.generate(PROMPTS[::-1], SEEDS[::-1])
-    draws = [[torch.randn(3, generator=g) for g in generators] for generators in first]
-    flat = [*draws[0], *draws[1][:1]]
-    assert torch.equal(flat[1], flat[3]) and not torch.equal(flat[0], flat[1])
+    noise = {seed: [] for seed in SEEDS}
+    for generator in itertools.chain(*first):
+        noise[generator.initial_seed()].append(torch.randn(3, generator=generator))
+    assert all(torch.equal(one, draws[0]) for draws in noise.values() for one in draws)
+    assert not torch.equal(noise[3][0], noise[1][0])
 
 
 def test_zip_and_broadcast(shared_model):

@@ -23,7 +23,7 @@ from erasekit.emoji import captions, data
 from erasekit.emoji.clip import load_clip, text_features
 from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
-from erasekit.emoji.training import CHECKPOINTS, last_step, optimize
+from erasekit.emoji.training import CHECKPOINTS, begin_of, optimize
 from erasekit.models import DiffusionModel, drop_origin
 from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_JUDGE, EMOJI_MODEL, replacing
 
@@ -546,7 +546,7 @@ def main() -> None:
             "the UNet would have to be trained again: go on with decoder or vision, which it never sees"
         )
     if given.go_on:
-        options["begin"] = last_step(EMOJI / f"{given.part}_log.csv")
+        options["begin"] = begin_of(given.part, EMOJI / f"{given.part}_log.csv")
     parts[given.part](**options)
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from erasekit.paths import BUILD, replacing
 
 CHECKPOINTS = BUILD / "emoji"
+SAVE_EVERY = 200  # steps
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -69,7 +70,7 @@ def optimize(
     decay: float = 0.999,
     weight_decay: float = 0.01,
     begin: int = 0,
-    save_every: int = 200,
+    save_every: int = SAVE_EVERY,
     folder: Path = CHECKPOINTS,
 ) -> dict[str, torch.Tensor]:
     """Minimize loss(generator)["loss"] over the steps begin to `steps` and return the averaged weights.
@@ -143,6 +144,14 @@ def _append(path: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def last_step(log: Path) -> int:
-    """The step that the last row of a training log is about."""
-    return int(log.read_text().splitlines()[-1].partition(",")[0])
+def begin_of(name: str, log: Path, folder: Path = CHECKPOINTS) -> int:
+    """The step at which a run that goes on began: that of an interrupted one, told by its checkpoint, else the last
+    step of the log.
+    """
+    last = int(log.read_text().splitlines()[-1].partition(",")[0])
+    for path in folder.glob(f"{name}-from-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            behind = last - int(file.metadata()["step"])
+        if 0 <= behind < SAVE_EVERY:
+            return int(path.stem.rpartition("-")[2])
+    return last

@@ -44,6 +44,7 @@ def machine() -> dict[str, str | int]:
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
