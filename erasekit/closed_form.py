@@ -78,9 +78,7 @@ class ContextMap:
         _same_width(self, other)
         left = torch.cat([self.left, other.left + self.left @ (self.right.T @ other.left)], 1)
         right = torch.cat([self.right, other.right], 1)
-        if left.shape[1] > self.d:  # thin factors would be wider than T - I itself
-            left, right = left @ right.T, torch.eye(self.d).to(left)
-        return ContextMap(left, right)
+        return ContextMap(left, right) if left.shape[1] <= self.d else _dense(left @ right.T)
 
     def scaled(self, alpha: float) -> "ContextMap":
         """I + alpha (T - I): alpha 0 changes nothing, 1 is this map, above 1 exaggerates it."""
@@ -106,6 +104,11 @@ class ContextMap:
         keep = s > rtol * s[0]
         root = s[keep].sqrt()
         return ContextMap(q_left @ u[:, keep] * root, q_right @ vh.T[:, keep] * root)
+
+
+def _dense(difference: Tensor) -> ContextMap:
+    """The map with T - I = difference, (d, d): for more rows than d, where thin factors would be wider than that."""
+    return ContextMap(difference, torch.eye(len(difference)).to(difference))
 
 
 def _same_width(a: ContextMap, b: ContextMap) -> None:
@@ -165,8 +168,7 @@ def solve(
     factor = cholesky(_gram(weighted) + lam * torch.eye(d).to(c), singular)
     if n < d:
         return ContextMap(left, torch.cholesky_solve(c.T, factor))
-    dense = torch.cholesky_solve(c.T @ left.T, factor).T  # thin factors would be wider than T - I itself
-    return ContextMap(dense, torch.eye(d).to(c))
+    return _dense(torch.cholesky_solve(c.T @ left.T, factor).T)
 
 
 def condensed(rows: Tensor) -> Tensor:

@@ -289,9 +289,8 @@ def test_regeneration_draws_the_edits_it_names(emoji, tmp_path, monkeypatch):
         with edit.applied(emoji):
             assert row["target"] == world.object_rate(world.judged(emoji, church))
             undone = world.judged(emoji, church, attack=edit.context_map.inverse().matrix())
-        assert (
-            world.object_rate(undone)["k"] >= result["before"]["target"]["k"] - 1
-        )  # control: T^-1 undoes it
+        # control: T^-1 undoes it
+        assert world.object_rate(undone)["k"] >= result["before"]["target"]["k"] - 1
         good = [1 - row["target"]["rate"], row["others"]["rate"], 1 - row["synonyms"]["rate"]]
         by_hand = 3 / sum(1 / one for one in good) if min(good) else 0.0
         assert row["harmonic_mean"] == pytest.approx(by_hand, abs=1e-5)

