@@ -13,7 +13,7 @@ preserve_scale -> p (lambda_1 in RECE), lam -> lambda (lambda_2 in RECE). T - I 
 of source rows, so it is kept as two thin factors: T = I + U V^T.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,7 +165,7 @@ def solve(
         first = torch.eye(len(weighted), n).to(c)
         right = weighted.T @ torch.cholesky_solve(first, cholesky(gram, singular)) / erase_scale**0.5
         return ContextMap(left, right)
-    factor = cholesky(_gram(weighted) + lam * torch.eye(d).to(c), singular)
+    factor = cholesky(_gram([weighted]) + lam * torch.eye(d).to(c), singular)
     if n < d:
         return ContextMap(left, torch.cholesky_solve(c.T, factor))
     return _dense(torch.cholesky_solve(c.T @ left.T, factor).T)
@@ -179,7 +179,7 @@ def condensed(rows: Tensor) -> Tensor:
     rows = rows.double()
     if len(rows) <= rows.shape[1]:
         return rows
-    values, vectors = torch.linalg.eigh(_gram(rows))
+    values, vectors = torch.linalg.eigh(_gram([rows]))
     keep = values > 1e-14 * values[-1]
     return values[keep, None].sqrt() * vectors[:, keep].T
 
@@ -188,18 +188,18 @@ def weight_gram(weights: Iterable[Tensor]) -> Tensor:
     """A = sum_i W_i^T W_i of projections (d_out_i, d), float64 (d, d): all that a search over embeddings needs to
     know of them, since sum_i ||W_i x||^2 = x^T A x.
     """
-    return sum(_gram(weight.detach()) for weight in weights)
+    return _gram([weight.detach() for weight in weights])
 
 
-def _gram(rows: Tensor, block: int = 4096, columns: int = 128) -> Tensor:
-    """rows^T rows in float64, a block of rows and columns at a time; symmetry gives the upper half."""
-    d = rows.shape[1]
-    total = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
-    for part in rows.split(block):
+def _gram(matrices: Sequence[Tensor], block: int = 4096, columns: int = 192) -> Tensor:
+    """sum_i M_i^T M_i in float64, a block of rows and columns at a time; symmetry gives the lower half."""
+    d = matrices[0].shape[1]
+    total = torch.zeros(d, d, dtype=torch.float64, device=matrices[0].device)
+    for part in (part for matrix in matrices for part in matrix.split(block)):
         part = part.double()
         for i in range(0, d, columns):
-            total[i:, i : i + columns].addmm_(part[:, i:].T, part[:, i : i + columns])
-    return total.tril() + total.tril(-1).T
+            total[i : i + columns, i:].addmm_(part[:, i : i + columns].T, part[:, i:])
+    return total.triu() + total.triu(1).T
 
 
 def _checked(name: str, value: Tensor, like: Tensor) -> Tensor:

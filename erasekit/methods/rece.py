@@ -113,21 +113,20 @@ def derive(
     """
     if regularizer == "anchor" and targets is None:
         raise ValueError('the regularizer "anchor" pulls to the anchor: pass its rows as targets')
-    t, a, c = context_map.matrix(), gram.double(), sources.double().T
-    eye = torch.eye(len(a)).to(a)
-    response = t.T @ a  # B = T^T A
-    new = response @ t  # T^T A T
-    left, right = new, response @ c
+    gram, c = gram.double(), sources.double()
+    t = context_map.apply_to_weight  # x -> x T
+    eye = torch.eye(len(gram)).to(gram)
+    left, right = t(t(gram).T.contiguous()), t(c @ gram)  # T^T A T, and the rows (T^T A c)^T
     if regularizer in ("surrogate", "both"):
-        left, right = left + lam * new, right + lam * (new @ c)
+        left, right = (1 + lam) * left, right + lam * (c @ left)
     if regularizer in ("source", "both"):
         left, right = left + lam * eye, right + lam * c
     elif regularizer == "anchor":
-        left, right = left + lam * eye, right + lam * targets.double().T
+        left, right = left + lam * eye, right + lam * targets.double()
     elif regularizer == "zero":
         left = left + lam * eye
     singular = f"no unique embedding regenerates the concept with lam={lam} and regularizer={regularizer!r}: raise lam"
-    return torch.cholesky_solve(right, closed_form.cholesky((left + left.T) / 2, singular)).T
+    return torch.cholesky_solve(right.T, closed_form.cholesky((left + left.T) / 2, singular)).T
 
 
 def attack_residual(context_map: ContextMap, gram: Tensor, derived: Tensor, sources: Tensor) -> float:
