@@ -20,6 +20,7 @@ The attacker knows both models, and maps the prompt alone: the unconditional emb
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -136,15 +137,28 @@ def main() -> None:
     parser.add_argument("concepts", nargs="+")
     parser.add_argument("--preserve", action="append", default=[])
     parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=rece.PRESETS["emoji"].epochs,
+        help="rounds of RECE (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     kept = "".join(f" --preserve {json.dumps(name)}" for name in given.preserve)
     named = " ".join(json.dumps(name) for name in given.concepts)
     command = (
         f"python -m erasekit.evaluate.regeneration {named}{kept} --pictures {given.pictures} "
-        f"--out {given.out.as_posix()}"
+        f"--epochs {given.epochs} --out {given.out.as_posix()}"
     )
-    result = measure(load("emoji"), given.concepts, given.preserve, pictures=given.pictures, progress=True)
+    result = measure(
+        load("emoji"),
+        given.concepts,
+        given.preserve,
+        pictures=given.pictures,
+        config=replace(rece.PRESETS["emoji"], epochs=given.epochs),
+        progress=True,
+    )
     write_atomically(given.out, json.dumps({"command": command, **result}, indent=1) + "\n")
 
 
