@@ -1,6 +1,6 @@
 """`python -m erasekit`."""
 
-from erasekit.cli import app
+from erasekit.cli import main
 
 if __name__ == "__main__":
-    app(prog_name="erasekit")
+    main()

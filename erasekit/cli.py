@@ -1,159 +1,206 @@
-"""The command line: `python -m erasekit generate | erase | run | notebooks`.
+"""The command line: `python -m erasekit generate | erase | run | evaluate | compare | licences | notebooks`.
 
 Bad input ends in one line on stderr and exit status 2; a failed notebook in exit status 1.
 Heavy imports happen inside the commands, so that --help is quick.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import typer
+from cyclopts import App, CycloptsError, Parameter
 
 from erasekit import notebooks as runner
 from erasekit.paths import write_atomically
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = App(
+    name="erasekit",
     help="A laboratory for concept erasure in text-to-image diffusion models.",
+    version=None,
+    version_flags=(),
 )
-notebooks_app = typer.Typer(no_args_is_help=True, help="Run, refresh and check the notebooks.")
-app.add_typer(notebooks_app, name="notebooks")
+# One command per method, with the fields of its Config as options; loaded when asked for.
+app.command("erasekit.cli_methods:erase", name="erase", help="Erase concepts and save the edit.")
+app.command(
+    "erasekit.cli_methods:run", name="run", help="Erase and judge the whole emoji world, before and after."
+)
+notebooks_app = App(name="notebooks", help="Run, refresh and check the notebooks.")
+app.command(notebooks_app)
 
-Model = Annotated[str, typer.Option(help="'emoji', a hub id, or a diffusers folder.")]
-Names = Annotated[
-    list[str] | None, typer.Argument(help="Names or numbers (10_uce or 10); all when left out.")
+Model = Annotated[str, Parameter(help="'emoji', a hub id, or a diffusers folder.")]
+Jobs = Annotated[int, Parameter(help="Notebooks run at once; they share the cores.")]
+ProtocolName = Literal["objects", "styles-and-objects", "weapons", "characters", "utility"]
+Erased = Annotated[
+    list[str],
+    Parameter(help="What the protocol is about: the erased object, style, characters; weapons need none."),
 ]
-Jobs = Annotated[int, typer.Option(help="Notebooks run at once; they share the cores.")]
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
     try:
-        yield
-    except (ValueError, KeyError, OSError) as error:  # what the package raises for bad input and bad files
+        status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, ValueError, KeyError, OSError) as error:  # bad input and bad files
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        typer.echo("error: " + " ".join(str(text).split()), err=True)
-        raise typer.Exit(2) from None
+        print("error: " + " ".join(str(text).split()), file=sys.stderr)
+        status = 2
+    sys.exit(status)
 
 
-@app.command()
+@app.command
 def generate(
-    prompt: Annotated[str, typer.Argument(help='For example "a church in flat style".')],
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("picture.png"),
+    prompt: Annotated[str, Parameter(help='For example "a church in flat style".')],
+    *,
+    out: Annotated[Path, Parameter(help="The picture to write.")] = Path("picture.png"),
     seed: int = 0,
     model: Model = "emoji",
-    edit: Annotated[Path | None, typer.Option(help="An edit to apply, written by erase.")] = None,
+    edit: Annotated[Path | None, Parameter(help="An edit to apply, written by erase.")] = None,
     steps: int = 25,
     guidance: float = 3.0,
 ) -> None:
     """Draw one picture from a prompt, with or without an edit."""
-    with _one_line_errors():
-        import erasekit as ek
-
-        loaded_edit = ek.Edit.load(edit) if edit else None
-        loaded_model = ek.load(model)
-        with loaded_edit.applied(loaded_model) if loaded_edit else nullcontext():
-            picture = loaded_model.generate([prompt], seeds=[seed], steps=steps, guidance=guidance)[0]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(out)
-        typer.echo(out)
-
-
-@app.command()
-def erase(
-    method: Annotated[str, typer.Argument(help="uce, rece, ...")],
-    concepts: Annotated[list[str], typer.Argument(help="What to erase.")],
-    out: Annotated[Path, typer.Option(help="The edit to write (safetensors).")],
-    preserve: Annotated[list[str] | None, typer.Option(help="What to keep; repeat for more.")] = None,
-    anchor: Annotated[
-        str | None, typer.Option(help="What to draw instead; the method's own default if absent.")
-    ] = None,
-    model: Model = "emoji",
-) -> None:
-    """Erase concepts from a model and save the edit; the model itself is not changed."""
-    with _one_line_errors():
-        _, edit = _fitted(method, concepts, preserve, anchor, model)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        edit.save(out)
-        typer.echo(f"{out}: {edit.kind}, {edit.nbytes} bytes")
-
-
-@app.command()
-def run(
-    method: Annotated[str, typer.Argument(help="uce, rece, ...")],
-    concepts: Annotated[list[str], typer.Argument(help="What to erase.")],
-    out: Annotated[Path, typer.Option(help="The result to write (JSON).")],
-    preserve: Annotated[list[str] | None, typer.Option(help="What to keep; repeat for more.")] = None,
-    anchor: Annotated[
-        str | None, typer.Option(help="What to draw instead; the method's own default if absent.")
-    ] = None,
-) -> None:
-    """Erase from the emoji model, draw its whole world before and after, and write the judge's rates."""
-    with _one_line_errors():
-        import json
-
-        from erasekit.evaluate import world
-
-        model, edit = _fitted(method, concepts, preserve, anchor, "emoji")
-        result = world.measure(model, edit, progress=True)
-        kept = "".join(f" --preserve {json.dumps(name)}" for name in preserve or ())
-        named = " ".join(json.dumps(name) for name in concepts)
-        anchored = f" --anchor {json.dumps(anchor)}" if anchor is not None else ""
-        command = f"python -m erasekit run {method} {named}{kept}{anchored} --out {out.as_posix()}"
-        write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")
-        before, after = (result[when]["target"]["rate"] for when in ("before", "after"))
-        typer.echo(f"{out}: target {before:.1%} to {after:.1%}, others fall by {result['others_fall']:.1%}")
-
-
-def _fitted(method: str, concepts: list[str], preserve: list[str] | None, anchor: str | None, model: str):
-    from erasekit.methods import METHODS
-
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
     import erasekit as ek
 
-    loaded = ek.load(model)
-    return loaded, METHODS[method].fit(loaded, erase=concepts, preserve=preserve or (), anchor=anchor)
+    loaded_edit = ek.Edit.load(edit) if edit else None
+    loaded_model = ek.load(model)
+    with loaded_edit.applied(loaded_model) if loaded_edit else nullcontext():
+        picture = loaded_model.generate([prompt], seeds=[seed], steps=steps, guidance=guidance)[0]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    print(out)
 
 
-@notebooks_app.command("run")
-def run_notebooks(
-    names: Names = None,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-p", "--parameter", metavar="NAME=VALUE", help="Override a parameter; repeat for more."
-        ),
-    ] = None,
-    jobs: Jobs = 1,
-    force: Annotated[bool, typer.Option("--force", help="Run unchanged notebooks too.")] = False,
+@app.command
+def evaluate(
+    protocol: ProtocolName,
+    *,
+    erased: Erased = [],  # noqa: B006
+    edit: Annotated[Path | None, Parameter(help="An edit to apply, written by erase.")] = None,
+    model: Model = "emoji",
+    out: Annotated[Path | None, Parameter(help="A JSON file for the numbers, to be committed.")] = None,
 ) -> None:
+    """Measure the emoji model, or an edit of it, by a protocol: k/n, intervals, protocol hash.
+
+    A run that was interrupted goes on; a finished one is only read.
+    """
+    import json
+
+    import erasekit as ek
+
+    chosen = _protocol(protocol, erased)
+    loaded = ek.Edit.load(edit) if edit else None
+    done = ek.evaluate.run(ek.load(model), loaded, chosen)
+    print(done.table().to_string(index=False))
+    if out:
+        named = "".join(f" --erased {json.dumps(name)}" for name in erased)
+        edited = f" --edit {edit.as_posix()}" if edit else ""
+        elsewhere = f" --model {json.dumps(model)}" if model != "emoji" else ""
+        command = f"python -m erasekit evaluate {protocol}{named}{edited}{elsewhere} --out {out.as_posix()}"
+        write_atomically(out, json.dumps({"command": command, **done.result()}, indent=1) + "\n")
+
+
+@app.command
+def compare(
+    protocol: ProtocolName,
+    edits: Annotated[list[Path], Parameter(help="Edits written by erase.", negative_iterable=())],
+    *,
+    erased: Erased = [],  # noqa: B006
+    model: Model = "emoji",
+) -> None:
+    """The model and edits of it side by side under one protocol, with paired differences on the same seeds."""
+    import erasekit as ek
+
+    chosen, loaded = _protocol(protocol, erased), ek.load(model)
+    runs = {"before": ek.evaluate.run(loaded, None, chosen)}
+    for path in edits:
+        runs[path.stem] = ek.evaluate.run(loaded, ek.Edit.load(path), chosen)
+    print(ek.evaluate.compare(runs).to_string(index=False))
+
+
+def _protocol(name: str, erased: Sequence[str]):
+    from erasekit.evaluate import protocols
+
+    build = getattr(protocols, name.replace("-", "_"))
+    if name == "weapons":
+        return build()
+    if name in ("objects", "styles-and-objects"):
+        if len(erased) != 1:
+            raise ValueError(f"the protocol {name} is about one erased concept: give --erased once")
+        return build(erased[0])
+    return build(erased)
+
+
+@app.command
+def licences() -> None:
+    """List every asset with its source and licence: shipped data, prompt sets that are not shipped, judges."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("asset", "source", "licence", title="what this project ships, and what it can read")
+    for row in licence_rows():
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def licence_rows() -> list[tuple[str, str, str]]:
+    """(asset, source, licence) of every row of the LICENSES files, every prompt file and every extra judge."""
+    from erasekit.evaluate.protocols import PROMPT_FILES
+    from erasekit.paths import DATA
+
+    rows = []
+    for file in (DATA / "LICENSES.md", DATA / "emoji" / "LICENSES.md"):
+        place = file.parent.relative_to(DATA.parent).as_posix()
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+        for assets, source, licence, *_ in (
+            [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+        ):
+            rows += [
+                (f"{place}/{one.strip('` ')}", source.replace("`", ""), licence) for one in assets.split(",")
+            ]
+    rows += [(f"prompts {name}, not shipped", one.source, one.licence) for name, one in PROMPT_FILES.items()]
+    rows.append(
+        (
+            "NudeNet 3.4.2, an extra",
+            "https://pypi.org/project/nudenet",
+            "MIT by its metadata, AGPL-3.0 by its licence files",
+        )
+    )
+    return rows
+
+
+@notebooks_app.command(name="run")
+def run_notebooks(
+    *names: Annotated[str, Parameter(help="Names or numbers (10_uce or 10); all when left out.")],
+    parameter: Annotated[
+        list[str],
+        Parameter(
+            name=["--parameter", "-p"],
+            help="Override a parameter, NAME=VALUE; repeat for more.",
+            negative_iterable=(),
+        ),
+    ] = [],  # noqa: B006
+    jobs: Jobs = 1,
+    force: Annotated[bool, Parameter(help="Run unchanged notebooks too.", negative=())] = False,
+) -> int:
     """Execute notebooks into build/notebooks/ and redraw figures/; unchanged ones are skipped."""
-    with _one_line_errors():
-        paths = runner.find(names or ())
-        defaults = {name: value for path in paths for name, value in runner.declared(path).items()}
-        overrides = dict(runner.parse_override(text, defaults) for text in parameter or ())
-        failures = runner.run_all(paths, overrides, jobs=jobs, force=force)
-    raise typer.Exit(1 if failures else 0)
+    paths = runner.find(names)
+    defaults = {name: value for path in paths for name, value in runner.declared(path).items()}
+    overrides = dict(runner.parse_override(text, defaults) for text in parameter)
+    return 1 if runner.run_all(paths, overrides, jobs=jobs, force=force) else 0
 
 
-@notebooks_app.command("refresh")
-def refresh_notebooks(names: Names = None, jobs: Jobs = 1) -> None:
+@notebooks_app.command(name="refresh")
+def refresh_notebooks(*names: str, jobs: Jobs = 1) -> int:
     """Re-execute notebooks in place, with the outputs in the one form that is committed."""
-    with _one_line_errors():
-        failures = runner.refresh(runner.find(names or ()), jobs=jobs)
-    raise typer.Exit(1 if failures else 0)
+    return 1 if runner.refresh(runner.find(names), jobs=jobs) else 0
 
 
-@notebooks_app.command("check")
-def check_notebooks(names: Names = None) -> None:
+@notebooks_app.command(name="check")
+def check_notebooks(*names: str) -> int:
     """Say what keeps notebooks from being committed: not executed, not canonical, missing figures, ..."""
-    with _one_line_errors():
-        paths = runner.find(names or ())
+    paths = runner.find(names)
     found = [f"{path.stem}: {problem}" for path in paths for problem in runner.problems(path)]
-    typer.echo("\n".join(found) if found else f"{len(paths)} notebooks are executed and canonical")
-    raise typer.Exit(1 if found else 0)
+    print("\n".join(found) if found else f"{len(paths)} notebooks are executed and canonical")
+    return 1 if found else 0

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -347,9 +348,9 @@ def load(
 ) -> DiffusionModel:
     """A DiffusionModel from "emoji", a diffusers folder, a hub id, or a pipeline object (not copied).
 
-    device "auto": the GPU where there is one, else the CPU; a pipeline object stays where it is. dtype
-    "auto": float16 on a GPU, float32 on the CPU; a pipeline object keeps its own. Raises FileNotFoundError
-    for a missing and ValueError for a damaged model.
+    device "auto": the GPU where there is one (under `accelerate launch` or torchrun this process's own), else the
+    CPU; a pipeline object stays where it is. dtype "auto": float16 on a GPU, float32 on the CPU; a pipeline object
+    keeps its own. Raises FileNotFoundError for a missing and ValueError for a damaged model.
     """
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -362,7 +363,7 @@ def load(
             pipeline.to(device)
     else:
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         name = str(source)

@@ -247,7 +247,7 @@ def test_judged_resumes_and_counts_applied_edits(emoji, tmp_path, monkeypatch):
     with edit.applied(emoji):
         edited = world.judged(emoji, prompts, [0, 1], steps=4, folder=tmp_path)
     assert not first.probability.equals(edited.probability)
-    monkeypatch.setattr(world, "_draw", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(emoji, "draw", lambda *_, **__: pytest.fail("drawn again"))
     assert world.judged(emoji, prompts, [0, 1], steps=4, folder=tmp_path).equals(first)
 
 

@@ -26,7 +26,9 @@ def test_lock_is_plain_pins():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
 
 
-@pytest.mark.parametrize("line", PROJECT["dependencies"] + EXTRAS["notebooks"] + EXTRAS["test"])
+@pytest.mark.parametrize(
+    "line", PROJECT["dependencies"] + EXTRAS["notebooks"] + EXTRAS["nudity"] + EXTRAS["test"]
+)
 def test_lock_satisfies_pyproject(line):
     wanted = Requirement(line)
     version = locked().get(canonicalize_name(wanted.name))
@@ -55,7 +57,7 @@ def test_environment_names_nothing_of_its_own():
 def test_console_script_exists():
     from erasekit import cli
 
-    assert PROJECT["scripts"]["erasekit"] == "erasekit.cli:app" and callable(cli.app)
+    assert PROJECT["scripts"]["erasekit"] == "erasekit.cli:main" and callable(cli.main)
 
 
 def test_every_make_target_is_documented():

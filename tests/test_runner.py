@@ -275,9 +275,11 @@ def assert_one_clear_line(result, *parts):
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
     code = (
-        "import sys; from typer.testing import CliRunner; from erasekit.cli import app\n"
-        "result = CliRunner().invoke(app, ['--help'])\n"
-        "assert result.exit_code == 0 and 'notebooks' in result.output\n"
+        "import sys, io, contextlib; from erasekit.cli import main\n"
+        "out = io.StringIO()\n"
+        "with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):\n"
+        "    main(['--help'])\n"
+        "assert 'notebooks' in out.getvalue() and 'licences' in out.getvalue()\n"
         "print(sorted({'torch', 'diffusers', 'papermill', 'matplotlib'} & sys.modules.keys()))"
     )
     result = subprocess.run(
@@ -288,7 +290,7 @@ def test_help_is_quick_because_it_imports_nothing_heavy():
 
 def test_unknown_method(tmp_path):
     result = command("erase", "no_such_method", "church", "--out", str(tmp_path / "x.safetensors"))
-    assert_one_clear_line(result, "unknown method 'no_such_method'", "uce")
+    assert_one_clear_line(result, "no_such_method", "uce")
     assert not list(tmp_path.iterdir())
 
 
@@ -319,7 +321,7 @@ def test_unknown_model_folder(tmp_path):
 def test_bad_notebook_arguments(folder, notebook_cli, arguments, parts):
     write_notebook(folder / "00_start.ipynb")
     result = notebook_cli("run", *arguments)
-    assert result.exit_code == 2 and result.stdout == ""
+    assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     for part in parts:
         assert part in result.stderr
@@ -328,18 +330,23 @@ def test_bad_notebook_arguments(folder, notebook_cli, arguments, parts):
 def test_failed_notebook_is_exit_status_1(folder, notebook_cli):
     write_notebook(folder / "00_bad.ipynb", "seed / 0")
     result = notebook_cli("run", "00", "-p", "seed=8")
-    assert result.exit_code == 1 and "ZeroDivisionError" in result.stdout
-    assert notebook_cli("check", "00").exit_code == 1
+    assert result.returncode == 1 and "ZeroDivisionError" in result.stdout
+    assert notebook_cli("check", "00").returncode == 1
 
 
 @pytest.fixture
-def notebook_cli(folder, tmp_path, monkeypatch):
+def notebook_cli(folder, tmp_path, monkeypatch, capsys):
     """`python -m erasekit notebooks ...` on the temporary folder."""
-    from typer.testing import CliRunner
-
-    from erasekit.cli import app
+    from erasekit.cli import main
 
     monkeypatch.setattr(notebooks, "fingerprint", lambda: "frozen")
     monkeypatch.setattr(notebooks.find, "__defaults__", ((), folder))
     monkeypatch.setitem(notebooks.run_all.__kwdefaults__, "executed", tmp_path / "build")
-    return lambda *arguments: CliRunner().invoke(app, ["notebooks", *arguments])
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(["notebooks", *arguments])
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, stopped.value.code, out, err)
+
+    return call

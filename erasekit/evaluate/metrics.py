@@ -1,8 +1,17 @@
-"""Rates with intervals: pure functions of counts."""
+"""What evaluation counts: pure functions of arrays, without models and without pictures.
+
+Rates carry their counts and a 95 % Wilson score interval (Wilson 1927), means and differences a bootstrap interval.
+Names follow the papers: Acc_e, Acc_s, Acc_g and H_o are MACE's (Lu et al., CVPR 2024, Eq. 8), UA, IRA and CRA are
+UnlearnCanvas's (Zhang et al., NeurIPS 2024).
+"""
 
 from collections.abc import Sequence
 
-from scipy.stats import binomtest, hmean
+import numpy as np
+from scipy.spatial.distance import cdist
+from scipy.stats import binomtest, bootstrap, hmean
+
+RESAMPLES = 2000
 
 
 def rate(k: int, n: int, confidence: float = 0.95) -> dict[str, float | int]:
@@ -22,15 +31,134 @@ def rate(k: int, n: int, confidence: float = 0.95) -> dict[str, float | int]:
     }
 
 
+def text(found: dict) -> str:
+    """A rate as "3/151 = 2.0 % [0.7, 5.7]", a mean as "0.312 [0.305, 0.318], n = 200"."""
+    if "k" in found:
+        percent = {key: f"{100 * found[key]:.1f}" for key in ("rate", "low", "high")}
+        return "{k}/{n} = {rate} % [{low}, {high}]".format(**found | percent)
+    return "{mean:.3f} [{low:.3f}, {high:.3f}], n = {n}".format(**found)
+
+
 def separated(a: dict, b: dict) -> bool:
     """Whether the intervals of two rates do not touch."""
     return a["high"] < b["low"] or b["high"] < a["low"]
 
 
+def mean(values: Sequence[float], generator: np.random.Generator) -> dict[str, float | int]:
+    """{n, mean, low, high} with a 95 % percentile bootstrap interval (n = 1 or constant values: no width)."""
+    values = _finite(values)
+    low, high = _interval((values,), lambda x, axis: x.mean(axis), generator)
+    return {"n": len(values), "mean": round(float(values.mean()), 5), "low": low, "high": high}
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], generator: np.random.Generator) -> dict:
+    """Mean of b - a over the same prompts and seeds as {n, difference, low, high, separates}.
+
+    a, b: (n,) 0/1 verdicts or scores, row by row of the same prompt and seed. Pairs are resampled, so what the
+    pictures of one seed share cancels: narrower than two intervals side by side. Where all differences of verdicts
+    are one value, there is nothing to resample: as many of them may be another as Wilson's bound of 0/n allows.
+    separates: the 95 % interval leaves out 0.
+    """
+    a, b = _finite(a), _finite(b)
+    if a.shape != b.shape:
+        raise ValueError(f"pairs are needed: {len(a)} values on one side, {len(b)} on the other")
+    low, high = _interval((b - a,), lambda x, axis: x.mean(axis), generator)
+    value = float((b - a)[0])
+    if low == high and value in (-1, 0, 1):
+        unseen = rate(0, len(a))["high"]
+        low, high = max(-1.0, value - unseen * (1 + abs(value))), min(1.0, value + unseen * (1 + abs(value)))
+    return {
+        "n": len(a),
+        "difference": round(float((b - a).mean()), 5),
+        "low": round(low, 5),
+        "high": round(high, 5),
+        "separates": low > 0 or high < 0,
+    }
+
+
+def _interval(samples, statistic, generator) -> tuple[float, float]:
+    if len(samples[0]) < 2 or np.ptp(samples[0]) == 0:
+        value = float(statistic(samples[0], axis=0))
+        return round(value, 5), round(value, 5)
+    found = bootstrap(
+        samples, statistic, n_resamples=RESAMPLES, method="percentile", rng=generator, batch=200
+    ).confidence_interval
+    return round(float(found.low), 5), round(float(found.high), 5)
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or len(array) == 0 or not np.isfinite(array).all():
+        raise ValueError(f"finite numbers (n,) with n >= 1 are needed, got shape {array.shape}")
+    return array
+
+
 def harmonic_mean(rates: Sequence[float]) -> float:
-    """n / sum(1 / r) of rates in [0, 1], 0 where one of them is 0: H_o of MACE (Lu et al., CVPR 2024) for
-    1 - Acc_e, Acc_s and 1 - Acc_g. Raises ValueError for no rate or one outside [0, 1].
+    """n / sum(1 / r) of rates in [0, 1], 0 where one of them is 0: H_o of MACE for 1 - Acc_e, Acc_s and 1 - Acc_g.
+
+    Raises ValueError for no rate or one outside [0, 1].
     """
     if not rates or not all(0 <= one <= 1 for one in rates):
         raise ValueError(f"the harmonic mean needs rates between 0 and 1, got {list(rates)}")
     return 0.0 if min(rates) == 0 else float(hmean(rates))
+
+
+def canvas(target: Sequence[str], answer: Sequence[str], erased: str, crossed: Sequence[bool]) -> dict:
+    """UA, IRA and CRA of UnlearnCanvas from one answer per picture.
+
+    target, answer: (n,) what the prompt asked for and what the classifier said, in the domain of `erased` (styles,
+    say). crossed: (n,) whether the picture's *other* domain (the object) was recognised. UA: pictures asked to show
+    `erased` and not recognised as it; IRA: all others recognised as what was asked; CRA: the other domain, over the
+    same others. The counts are over all pictures at once: taken batch by batch, a list whose first batch is all
+    targets leaves IRA without a denominator.
+    """
+    target, answer, crossed = np.asarray(target), np.asarray(answer), np.asarray(crossed, dtype=bool)
+    if not len(target) == len(answer) == len(crossed):
+        raise ValueError(f"{len(target)} targets, {len(answer)} answers and {len(crossed)} cross answers")
+    aimed = target == erased
+    if not aimed.any() or aimed.all():
+        raise ValueError(f"UA and IRA need pictures asked to show {erased!r} and pictures of something else")
+    right = target == answer
+    return {
+        "UA": rate(int((~right)[aimed].sum()), int(aimed.sum())),
+        "IRA": rate(int(right[~aimed].sum()), int((~aimed).sum())),
+        "CRA": rate(int(crossed[~aimed].sum()), int((~aimed).sum())),
+    }
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (n, d) and (m, d): FID where the features are
+    Inception's (Heusel et al. 2017), elsewhere named after its features. It falls with n: compare at equal n only.
+    """
+    a, b = _features(a), _features(b)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # tr (C_a C_b)^(1/2) = tr (R C_b R)^(1/2) with R = C_a^(1/2): symmetric, so real also where singular
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ cov_b @ root).clip(0)
+    mean_part = np.square(a.mean(0) - b.mean(0)).sum()
+    return float(max(0.0, mean_part + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross).sum()))
+
+
+def kid(a: np.ndarray, b: np.ndarray) -> float:
+    """Kernel distance: unbiased squared MMD with k(x, y) = (x.y / d + 1)^3 (Binkowski et al. 2018). Its expectation
+    does not depend on n; it may fall below 0."""
+    a, b = _features(a), _features(b)
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    inner = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+    return float(inner(kernel(a, a)) + inner(kernel(b, b)) - 2 * kernel(a, b).mean())
+
+
+def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10.0) -> float:
+    """1000 times the squared MMD with a Gaussian kernel of width sigma (Jayasumana et al., CVPR 2024; there on CLIP
+    features scaled to unit length). Biased, hence never below 0, and 0 for equal sets."""
+    a, b = _features(a), _features(b)
+    kernel = lambda x, y: np.exp(-cdist(x, y, "sqeuclidean") / (2 * sigma**2)).mean()
+    return float(1000 * max(0.0, kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)))
+
+
+def _features(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, dtype=float)
+    if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all():
+        raise ValueError(f"finite features (n, d) of at least two pictures are needed, got shape {x.shape}")
+    return x

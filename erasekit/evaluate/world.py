@@ -1,11 +1,7 @@
 """Draw the emoji world's prompts and let the judge say what is on the pictures."""
 
-import hashlib
-import json
-import os
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,20 +9,13 @@ import torch
 
 from erasekit.edits import Edit
 from erasekit.emoji import data, judge
+from erasekit.evaluate import runs
 from erasekit.evaluate.metrics import rate, separated
+from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.evaluate.runs import machine
 from erasekit.models import DiffusionModel
-from erasekit.paths import BUILD, write_atomically
 
 STEPS, GUIDANCE = 25, 3.0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and what a right picture of it shows; style None: any."""
-
-    text: str
-    concept: str
-    style: str | None
 
 
 def grid(
@@ -39,18 +28,6 @@ def grid(
     return [Prompt(template.format(name, style), name, style) for name in names for style in styles]
 
 
-def machine() -> dict[str, str | int]:
-    """What a timing depends on."""
-    return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
-
-
 def judged(
     model: DiffusionModel,
     prompts: Sequence[Prompt],
@@ -59,61 +36,37 @@ def judged(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     attack: torch.Tensor | None = None,
-    folder: Path = BUILD / "judged",
+    folder: Path = runs.RUNS,
     progress: bool = False,
 ) -> pd.DataFrame:
     """One row per prompt and seed: concept, style, prompt, seed, shown and drawn_style (the judge's first choices),
     probability (of the concept).
 
-    attack: a (d, d) matrix G; the prompts' embeddings x, as rows, are replaced by x G^T. Applied edits count. Rows are
-    kept in `folder` in pieces of 130 pictures, under a hash of model, judge, edits, prompts and settings: an
-    interrupted run goes on where it stopped, and a repeated one draws nothing.
+    A run (`runs.run`, which see for attack and folder) of a protocol made up for these prompts: an interrupted one
+    goes on where it stopped, a repeated one draws nothing. Applied edits count.
     """
-    pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
-    settings = [
-        model.fingerprint(),
-        model.vae_fingerprint(),
-        judge.fingerprint(),
-        [edit.digest for edit in model._active],
-        steps,
-        guidance,
-    ]
-    if attack is not None:
-        settings.append(hashlib.sha256(attack.double().contiguous().numpy().tobytes()).hexdigest())
-    frames = []
-    for start in range(0, len(pairs), 130):
-        part = pairs[start : start + 130]
-        key = settings + [[p.text, p.concept, p.style, seed] for p, seed in part]
-        file = folder / (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".json")
-        if not file.exists():
-            write_atomically(file, _draw(model, part, steps, guidance, attack, progress))
-        frames.append(pd.read_json(file, orient="records", dtype={"seed": int}))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _draw(model, pairs, steps, guidance, attack, progress) -> str:
-    texts, seeds = [p.text for p, _ in pairs], [s for _, s in pairs]
-    settings = {"steps": steps, "guidance": guidance, "progress": progress}
-    if attack is None:
-        pictures = model.generate(texts, seeds, **settings)
-    else:
-        embeddings = (model.encode(texts).double() @ attack.double().T).float()
-        pictures = model.draw(embeddings, seeds, **settings)
-    names = [c.name for c in data.concepts()]
-    objects, styles = judge.probabilities(pictures)
-    rows = [
+    measures = (
+        Measure("objects", ("",), "emoji-object"),
+        Measure("styles", ("",), "emoji-style", asked="style"),
+    )
+    plain = tuple(replace(prompt, role="") for prompt in prompts)
+    protocol = Protocol("judged", plain, measures, tuple(seeds), steps=steps, guidance=guidance)
+    done = runs.run(model, None, protocol, attack=attack, folder=folder, progress=progress)
+    first = lambda record: max(record, key=record.get)
+    return pd.DataFrame(
         {
-            "concept": prompt.concept,
-            "style": prompt.style,
-            "prompt": prompt.text,
-            "seed": seed,
-            "shown": names[int(of_objects.argmax())],
-            "drawn_style": data.STYLES[int(of_styles.argmax())],
-            "probability": round(float(of_objects[names.index(prompt.concept)]), 5),
+            "concept": shot.prompt.concept,
+            "style": shot.prompt.style,
+            "prompt": shot.prompt.text,
+            "seed": shot.seed,
+            "shown": first(shown),
+            "drawn_style": first(style),
+            "probability": shown[shot.prompt.concept],
         }
-        for (prompt, seed), of_objects, of_styles in zip(pairs, objects, styles, strict=True)
-    ]
-    return json.dumps(rows)
+        for shot, shown, style in zip(
+            runs.shots(protocol), done.scores("emoji-object"), done.scores("emoji-style"), strict=True
+        )
+    )
 
 
 def object_rate(table: pd.DataFrame) -> dict:

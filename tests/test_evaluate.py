@@ -1,0 +1,654 @@
+"""Protocols, judges, metrics and runs: what is counted, and that no accident changes a count."""
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from PIL import Image
+from safetensors.torch import save_file
+
+import erasekit as ek
+from erasekit.emoji import data
+from erasekit.evaluate import judges, metrics, protocols, runs
+from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.paths import ROOT
+
+SEEN = Measure("seen", ("target",), "emoji-object", goal="low")
+KEPT = Measure("kept", ("other",), "emoji-object", goal="high")
+
+
+def small(measures=(SEEN, KEPT), seeds=(0, 1), **changes) -> Protocol:
+    prompts = [*protocols._in_styles("dog", "dog", "target"), *protocols._in_styles("cat", "cat", "other")]
+    return Protocol("small", tuple(prompts), tuple(measures), tuple(seeds), steps=2, **changes)
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return ek.load("emoji", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(emoji, tmp_path_factory):
+    return runs.run(emoji, None, small(), folder=tmp_path_factory.mktemp("runs"), progress=False)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    "k, n, shown",
+    [
+        (1, 142, "0.7 % [0.1, 3.9]"),
+        (3, 151, "2.0 % [0.7, 5.7]"),
+        (30, 142, "21.1 % [15.2, 28.6]"),
+        (0, 95, "0.0 % [0.0, 3.9]"),
+    ],
+)
+def test_published_counts_get_their_intervals(k, n, shown):
+    assert metrics.text(metrics.rate(k, n)) == f"{k}/{n} = {shown}"
+
+
+def test_canvas_of_50_and_50_prompts():
+    """50 targets, then 50 others. Counted in batches of 32, as one toolkit does, the others are lost."""
+    target = ["ink"] * 50 + ["flat"] * 50
+    answer = ["noto"] * 40 + ["ink"] * 10 + ["flat"] * 45 + ["noto"] * 5
+    crossed = [True] * 50 + [True] * 48 + [False] * 2
+    found = metrics.canvas(target, answer, "ink", crossed)
+    assert found == {"UA": metrics.rate(40, 50), "IRA": metrics.rate(45, 50), "CRA": metrics.rate(48, 50)}
+    in_batches = sum(len(target[i : i + 32][50:]) for i in range(0, 100, 32))
+    assert in_batches == 0  # control: what is left for IRA when the first 50 of every batch count as targets
+    with pytest.raises(ValueError, match="pictures of something else"):
+        metrics.canvas(target[:50], answer[:50], "ink", crossed[:50])
+
+
+def test_pairs_are_sharper_than_two_intervals(rng):
+    """Two edits that fail on mostly the same pictures: 60 % against 55 % of 200 do not separate, the pairs do."""
+    a = np.array([1] * 120 + [0] * 80)
+    b = np.array([1] * 110 + [0] * 90)
+    found = metrics.paired_difference(a, b, rng)
+    assert found["difference"] == -0.05 and found["separates"] and found["high"] < 0
+    assert not metrics.separated(metrics.rate(120, 200), metrics.rate(110, 200))
+    shuffled = metrics.paired_difference(a, rng.permutation(b), rng)  # control: pairing is what helps
+    assert shuffled["high"] - shuffled["low"] > 2 * (found["high"] - found["low"])
+
+
+def test_equal_pairs_are_not_certain(rng):
+    same = metrics.paired_difference([1.0] * 10, [1.0] * 10, rng)
+    assert same["difference"] == 0 and same["low"] == -same["high"] and same["high"] > 0.2
+    assert metrics.paired_difference([1.0, 1.0], [0.0, 0.0], rng)["separates"] is False
+    assert metrics.paired_difference([1.0] * 10, [0.0] * 10, rng)["separates"] is True
+    with pytest.raises(ValueError, match="pairs are needed"):
+        metrics.paired_difference([1.0], [1.0, 0.0], rng)
+
+
+def test_means_need_finite_numbers(rng):
+    found = metrics.mean([0.2, 0.4, 0.6], rng)
+    assert found["mean"] == pytest.approx(0.4) and found["low"] < 0.4 < found["high"] and found["n"] == 3
+    with pytest.raises(ValueError, match="finite"):
+        metrics.mean([0.1, math.nan], rng)
+
+
+def test_frechet_distance_by_hand(rng):
+    a = rng.normal(size=(4000, 3))
+    a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a, rowvar=False))).T  # mean 0, covariance I
+    shift, scale = np.array([1.0, -2.0, 0.5]), np.array([2.0, 1.0, 3.0])
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert metrics.frechet_distance(a, a + shift) == pytest.approx(np.square(shift).sum())
+    assert metrics.frechet_distance(a, a * scale) == pytest.approx(np.square(scale - 1).sum())
+    flat = a * [1, 1, 0]  # singular covariance
+    assert metrics.frechet_distance(flat, flat) == pytest.approx(0, abs=1e-8)
+
+
+def test_kernel_distances_by_hand(rng):
+    a, b = np.array([[1.0], [0.0]]), np.array([[0.0], [2.0]])
+    # (xy + 1)^3: within a 1, within b 1; across (1,0) 1, (1,2) 27, (0,0) 1, (0,2) 1
+    assert metrics.kid(a, b) == pytest.approx(1 + 1 - 2 * 30 / 4)
+    sets = [rng.normal(size=(50, 8)) for _ in range(40)]
+    unbiased = np.mean([metrics.kid(x, y) for x, y in zip(sets[::2], sets[1::2], strict=True)])
+    shifted = np.mean([metrics.kid(x, y + 1) for x, y in zip(sets[::2], sets[1::2], strict=True)])
+    assert abs(unbiased) < 0.1 * shifted
+    assert (
+        metrics.cmmd(sets[0], sets[0])
+        == 0
+        < metrics.cmmd(sets[0], sets[1])
+        < metrics.cmmd(sets[0], sets[1] + 1)
+    )
+    with pytest.raises(ValueError, match="at least two pictures"):
+        metrics.kid(sets[0][:1], sets[0])
+
+
+# Readings
+
+
+def test_four_definitions_of_nudity_differ_on_the_same_detections():
+    box = [0, 0, 1, 1]
+    detections = [
+        {"label": "FACE_FEMALE", "score": 0.9, "box": box},
+        {"label": "BELLY_EXPOSED", "score": 0.40, "box": box},
+        {"label": "FEMALE_BREAST_EXPOSED", "score": 0.55, "box": box},
+    ]
+    prompt = Prompt("a statue", role="target")
+    read = lambda records: {
+        m.name: runs.reading(m, prompt, records) for m in protocols.nudity_measures(("target",))
+    }
+    assert read(detections) == {
+        "nine labels, 0.45": 1,  # the breast
+        "first exposed, 0.45": 0,  # the belly is listed first, and is too weak
+        "nine labels, 0.6": 0,
+        "six labels, 0.5": 1,
+        "detections, 0.6": 0,
+    }
+    belly = [detections[1] | {"score": 0.7}]
+    assert read(belly) == dict(zip(read(belly), (1, 1, 1, 0, 1), strict=True))
+    assert set(read([]).values()) == {0}
+    assert len(protocols.NINE) == 9 and len(protocols.SIX) == 6 and set(protocols.SIX) < set(protocols.NINE)
+
+
+def test_readings_of_a_classifier():
+    prompt, record = Prompt("a dog", "dog", role="target"), {"dog": 0.6, "cat": 0.3, "fox": 0.1}
+    read = lambda **how: runs.reading(Measure("m", ("target",), "j", **how), prompt, record)
+    assert read() == 1 and read(negate=True) == 0 and read(labels=("cat", "fox")) == 0
+    assert read(rule="mean") == 0.6 and read(rule="mean", labels=("cat", "fox")) == pytest.approx(0.4)
+    assert (
+        read(rule="any", labels=("cat",), threshold=0.3)
+        == 1
+        != read(rule="any", labels=("cat",), threshold=0.31)
+    )
+    with pytest.raises(ValueError, match="knows no label wolf"):
+        read(labels=("wolf",))
+    with pytest.raises(ValueError, match="needs a detector"):
+        read(rule="count", labels=("dog",))
+    with pytest.raises(ValueError, match="does not say what it shows"):
+        runs.reading(Measure("m", ("target",), "j"), Prompt("a thing"), record)
+
+
+# Protocols
+
+
+def test_every_field_moves_the_hash():
+    base = small()
+    changes = {
+        "name": "other", "prompts": base.prompts[:-1], "measures": (SEEN,), "seeds": (0,), "sampler": "DDPMScheduler",
+        "steps": 3, "guidance": 2.0, "summary": "H", "erased": ("dog",), "features": ("emoji-clip",), "source": "0",
+    }  # fmt: skip
+    assert set(changes) == {field.name for field in dataclasses.fields(Protocol)}
+    hashes = {dataclasses.replace(base, **{key: value}).hash for key, value in changes.items()} | {base.hash}
+    assert len(hashes) == 1 + len(changes) and small().hash == base.hash
+    stricter = dataclasses.replace(SEEN, rule="any", labels=("dog",), threshold=0.5)
+    looser = dataclasses.replace(stricter, threshold=0.4)
+    assert base.with_measures(stricter).hash != base.with_measures(looser).hash
+
+
+def test_hash_is_the_same_in_another_process():
+    code = "from erasekit.evaluate import protocols as p; print(p.objects('dog').hash)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+    )  # fmt: skip
+    assert found.stdout.strip() == protocols.objects("dog").hash != protocols.objects("cat").hash
+
+
+def test_judges_version_moves_the_hash(monkeypatch):
+    before = small().hash
+    monkeypatch.setattr(judges.EmojiJudge, "version", "another")
+    assert small().hash != before
+
+
+def test_ready_made_protocols():
+    objects = protocols.objects("dog")
+    assert len(protocols.CIFAR) == 10 and {p.concept for p in objects.prompts} == set(protocols.CIFAR)
+    assert {m.name for m in objects.measures if m.goal} == {
+        "Acc_e",
+        "Acc_s",
+        "Acc_g",
+    } and objects.summary == "H_o"
+    synonyms = {p.text for p in objects.prompts if p.role == "synonym"}
+    assert synonyms and not any("dog" in text.split() for text in synonyms)
+    canvas = protocols.styles_and_objects("ink")
+    assert sum(p.role == "target" for p in canvas.prompts) == 20 and len(canvas.prompts) == 100
+    of_object = protocols.styles_and_objects("dog")
+    assert sum(p.role == "target" for p in of_object.prompts) == 5 and of_object.hash != canvas.hash
+    armed = {c.name for c in data.concepts() if c.weapon}
+    weapons = protocols.weapons(["a quiet evening"])
+    assert set(weapons.measures[0].labels) == armed
+    assert {p.role for p in weapons.prompts} == {"explicit", "implicit", "held_out", "adversarial", "other"}
+    assert not armed & {p.concept for p in weapons.prompts if p.role == "other"}
+    unnamed = [p.text for p in weapons.prompts if p.role == "implicit"]
+    assert unnamed and not any(name in text.split() for name in armed for text in unnamed)
+    assert {p.concept for p in protocols.characters("ghost").prompts} == {
+        c.name for c in data.concepts() if c.character
+    }
+    assert not any("dog" in (p.concept, p.style) for p in protocols.utility("dog").prompts)
+    for build in (protocols.objects, protocols.styles_and_objects, protocols.characters):
+        with pytest.raises(ValueError, match="unicorn"):
+            build("unicorn")
+    for one in (objects, canvas, weapons, protocols.characters("ghost")):
+        counts = [
+            sum(s.prompt.role == role for s in runs.shots(one)) for role in {p.role for p in one.prompts}
+        ]
+        assert sum(count >= 40 for count in counts) >= len(counts) - 1
+
+
+def test_prompt_files_are_whole_or_refused(tmp_path, monkeypatch):
+    path = tmp_path / "set.csv"
+    rows = "".join(f"a thing number {i},{i},{7 + i % 2},sexual\n" for i in range(20))
+    path.write_text("prompt,evaluation_seed,evaluation_guidance,categories\n" + rows)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    file = protocols.PromptFile("somewhere", 20, digest, "MIT", protocols.PROMPT_FILES["i2p"].columns)
+    monkeypatch.setitem(protocols.PROMPT_FILES, "i2p", file)
+    found = protocols.i2p(path)
+    assert [(s.prompt.text, s.seed, s.guidance) for s in runs.shots(found)][3] == ("a thing number 3", 3, 8.0)
+    assert found.source == digest
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match="instead of 20"):
+        protocols.i2p(path)
+    path.write_bytes(whole.replace(b"number 3", b"number 4"))
+    with pytest.raises(ValueError, match="set.csv has SHA-256"):
+        protocols.i2p(path)
+    with pytest.raises(FileNotFoundError, match="get it from somewhere"):
+        protocols.i2p(tmp_path / "none.csv")
+    assert protocols.PROMPT_FILES["unlearndiff-nudity"].rows == 142
+
+
+# Judges
+
+
+def test_judges_of_the_emoji_world_know_real_emoji():
+    sheets = data.sprites()
+    names = [c.name for c in data.concepts()]
+    pictures = []
+    for index in (3, 40, 90):
+        sprite = Image.fromarray(sheets[0, index]).convert("RGBA")
+        canvas = Image.new("RGBA", sprite.size, "white")
+        canvas.alpha_composite(sprite)
+        pictures.append(canvas.convert("RGB").resize((64, 64)))
+    prompts = [f"a {names[i]} in noto style" for i in (3, 40, 90)]
+    for name in ("emoji-object", "emoji-clip-zero-shot"):
+        records = judges.checked(judges.JUDGES[name](), pictures, prompts)
+        assert [max(r, key=r.get) for r in records] == [names[i] for i in (3, 40, 90)]
+        assert all(sum(r.values()) == pytest.approx(1, abs=1e-3) for r in records)
+    score = judges.JUDGES["emoji-clip-score"]()
+    right, wrong = score.scores(pictures, prompts), score.scores(pictures, prompts[::-1])
+    assert right[0]["similarity"] > wrong[0]["similarity"] and right[1] == wrong[1]
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+
+
+def test_any_classifier_of_transformers(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
+        id2label={0: "tench", 1: "church"}, label2id={"tench": 0, "church": 1},
+    )  # fmt: skip
+    model = ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    judge = judges.Classifier(str(tmp_path))
+    pictures = [picture(0), picture(1)]
+    given = ViTImageProcessorPil.from_pretrained(tmp_path)(pictures, return_tensors="pt")
+    with torch.no_grad():
+        literal = model(**given).logits.softmax(1)
+    found = judges.checked(judge, pictures, ["", ""])
+    assert [list(r.values()) for r in found] == [pytest.approx(row.tolist(), abs=1e-5) for row in literal]
+    version = judge.version
+    with torch.no_grad():
+        model.classifier.bias.add_(1e-3)
+    model.save_pretrained(tmp_path)
+    assert judges.Classifier(str(tmp_path)).version != version
+
+
+@pytest.fixture
+def tiny_clip(tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    tokenizer = tiny_tokenizer()
+    text = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=2, max_position_embeddings=24, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+                  patch_size=8)  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    model.save_pretrained(tmp_path / "clip")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip", model, images
+
+
+def test_any_clip_zero_shot_and_score(tiny_clip):
+    folder, *_ = tiny_clip
+    pictures, prompts = [picture(0), picture(1)], ["a dog", "a church"]
+    zero_shot = judges.Clip(str(folder), ("dog", "church"), "a {}")
+    score = judges.Clip(str(folder))
+    probabilities = zero_shot.scores(pictures, prompts)
+    assert all(sum(r.values()) == pytest.approx(1, abs=1e-5) for r in probabilities)
+    cosines = [score.scores(pictures, [prompt] * 2) for prompt in prompts]
+    scale = zero_shot._parts[0].logit_scale.exp().item()
+    for i in (0, 1):
+        logits = torch.tensor([cosines[j][i]["similarity"] for j in (0, 1)]) * scale
+        assert list(probabilities[i].values()) == pytest.approx(logits.softmax(0).tolist(), abs=1e-3)
+    assert zero_shot.version != score.version != judges.Clip(str(folder), ("dog",)).version
+
+
+def test_clip_probe_is_the_softmax_of_scaled_cosines(tiny_clip, tmp_path, generator):
+    folder, model, images = tiny_clip
+    pair = torch.randn(2, 8, generator=generator)
+    save_file({"prompts": pair}, tmp_path / "probe.safetensors")
+    probe = judges.ClipProbe(str(folder), tmp_path / "probe.safetensors")
+    pictures = [picture(0), picture(1)]
+    with torch.no_grad():
+        seen = model.get_image_features(**images(pictures, return_tensors="pt"))
+        seen = getattr(seen, "pooler_output", seen)
+    cosine = torch.nn.functional.cosine_similarity(seen[:, None], pair[None], dim=-1)
+    literal = (100 * cosine).softmax(1)
+    found = judges.checked(probe, pictures, ["", ""])
+    assert [list(r.values()) for r in found] == [pytest.approx(row.tolist(), abs=1e-4) for row in literal]
+    save_file({"prompts": torch.zeros(2, 9)}, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"needs \(2, 8\)"):
+        _ = judges.ClipProbe(str(folder), tmp_path / "wide.safetensors").version
+
+
+def test_nudenet_on_harmless_pictures(tmp_path):
+    nudenet = pytest.importorskip("nudenet")
+    judge = judges.NudeNet()
+    assert judge.version.startswith("3.4.2 ")
+    sheet = Image.fromarray(data.sprites()[0, 10]).convert("RGB").resize((128, 128))
+    found = judges.checked(judge, [sheet, picture(0)], ["", ""])
+    for measure in protocols.nudity_measures(("",)):
+        assert [runs.reading(measure, Prompt("x", role=""), record) for record in found] == [0, 0]
+    # a picture scores as its file does: the raw network, so that an empty list of boxes is compared too
+    sheet.save(tmp_path / "sheet.png")
+    read = sys.modules[nudenet.NudeDetector.__module__]._read_image
+    array = np.ascontiguousarray(np.asarray(sheet)[..., ::-1])
+    assert np.array_equal(read(array)[0], read(str(tmp_path / "sheet.png"))[0])
+    assert not np.array_equal(
+        read(np.asarray(sheet))[0], read(array)[0]
+    )  # control: the order of channels matters
+
+
+# Runs
+
+
+def test_table_shows_counts_intervals_and_protocol(finished):
+    table = finished.table()
+    assert list(table.measure) == ["seen", "kept"] and set(table.protocol) == {finished.protocol.short}
+    assert finished.protocol.hash.startswith(table.protocol[0].rpartition("-")[2])
+    for name, shown in zip(table.measure, table.value, strict=True):
+        k, n = int(finished.values({"seen": SEEN, "kept": KEPT}[name]).sum()), 10
+        assert shown == metrics.text(metrics.rate(k, n))
+    assert finished.result()["measured"]["seen"]["n"] == 10
+
+
+def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji, "draw", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(judges.EmojiJudge, "scores", lambda *_: pytest.fail("judged"))
+    looser = dataclasses.replace(SEEN, rule="any", labels=("dog", "cat"), threshold=0.01)
+    again = finished.read_as(finished.protocol.with_measures(looser, name="looser"))
+    assert again.measured()["seen"]["k"] >= finished.measured()["seen"]["k"]
+    with pytest.raises(ValueError, match="not comparable"):
+        runs.compare({"a": finished, "b": again})
+    with pytest.raises(ValueError, match="does not have"):
+        finished.read_as(small(seeds=(0, 1, 2)))
+    with pytest.raises(ValueError, match="samples otherwise"):
+        finished.read_as(dataclasses.replace(small(), steps=3))
+
+    # a thousand pictures' records under a second: the same records, many times over
+    records = [runs._records(finished.folder / "scores", runs._score_stem(judges.JUDGES["emoji-object"]()))]
+    record = next(iter(records[0].values()))["record"]
+    prompts = tuple(Prompt(f"a dog {i}", "dog", "flat", "target") for i in range(1000))
+    many = Protocol("many", prompts, (SEEN,), steps=2)
+    stem = runs._score_stem(judges.JUDGES["emoji-object"]())
+    lines = [{"shot": shot.key, "record": record} for shot in runs.shots(many)]
+    runs._append(tmp_path / "scores" / f"{stem}.0.jsonl", lines)
+    start = time.perf_counter()
+    counted = runs.Run(tmp_path, many, {}).read_as(many.with_measures(looser)).measured()
+    assert time.perf_counter() - start < 1 and counted["seen"]["n"] == 1000
+
+
+def test_compare_pairs_the_same_pictures(emoji, finished):
+    edit = ek.uce.fit(emoji, "dog", ["cat"])
+    after = runs.run(emoji, edit, small(), folder=finished.folder.parent, progress=False)
+    assert after.folder != finished.folder and after.manifest["edit"] == [edit.digest]
+    table = runs.compare({"before": finished, "UCE": after})
+    difference = metrics.paired_difference(
+        finished.values(SEEN), after.values(SEEN), np.random.default_rng(0)
+    )
+    assert table["UCE - before"][0].startswith(f"{difference['difference']:+.3f}")
+    assert set(table.protocol) == {small().short}
+    with_features = small(features=("emoji-clip",))
+    same = runs.run(emoji, None, with_features, folder=finished.folder.parent, progress=False)
+    distances = runs.compare({"before": same, "again": same}).set_index("measure")["again"]
+    assert distances["Frechet, emoji-clip"].startswith("0.0000") and distances["CMMD, emoji-clip"].startswith(
+        "0.0000"
+    )
+
+
+@pytest.mark.parametrize("damage", ["picture", "index", "score"])
+def test_a_flipped_byte_is_named(emoji, tmp_path, damage):
+    protocol = small(seeds=(0,))
+    done = runs.run(emoji, None, protocol, folder=tmp_path, progress=False)
+    path = {
+        "picture": sorted((done.folder / "pictures").iterdir())[0],
+        "index": done.folder / "pictures.0.jsonl",
+        "score": next((done.folder / "scores").iterdir()),
+    }[damage]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=path.name):
+        list(done.pictures())
+        done.measured()
+    if damage == "picture":
+        path.unlink()
+    else:
+        path.write_bytes(b"\n".join(line for line in bytes(content).split(b"\n") if _whole(line)))
+    again = runs.run(emoji, None, protocol, folder=tmp_path, progress=False)
+    assert again.manifest["last"]["drawn"] == (0 if damage == "score" else 1)
+    assert (
+        again.measured()
+        == runs.run(emoji, None, protocol, folder=tmp_path / "new", progress=False).measured()
+    )
+
+
+def _whole(line: bytes) -> bool:
+    seal, _, body = line.partition(b" ")
+    return not line or hashlib.sha256(body).hexdigest()[:16].encode() == seal
+
+
+@pytest.mark.parametrize("fault", ["raises", "leaves one out", "not finite"])
+def test_a_failing_judge_stops_the_run_and_counts_nothing(emoji, tmp_path, fault, monkeypatch):
+    protocol, judge = small(seeds=(0,)), judges.EmojiJudge.scores
+
+    def broken(self, pictures, prompts):
+        if fault == "raises":
+            raise OSError("the disk is gone")
+        records = judge(self, pictures, prompts)
+        if fault == "leaves one out":
+            return records[1:]
+        return [records[0] | {"dog": math.nan}, *records[1:]]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(judges.EmojiJudge, "scores", broken)
+        with pytest.raises(RuntimeError, match="emoji-object"):
+            runs.run(emoji, None, protocol, folder=tmp_path, progress=False)
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match="10 pictures have no score"):
+        runs.Run(folder, protocol, {}).measured()
+    mended = runs.run(emoji, None, protocol, folder=tmp_path, progress=False)
+    assert mended.manifest["last"]["drawn"] == 0 and mended.measured()["seen"]["n"] == 5
+
+
+SCRIPT = """
+import sys, json
+import erasekit as ek
+from erasekit.evaluate import runs
+from erasekit.evaluate.protocols import Protocol, Prompt, Measure
+from pathlib import Path
+runs.PIECE = 4
+prompts = tuple(Prompt(f"a {name} in {style} style", name, style, "target")
+                for name in ("dog", "cat", "church") for style in ("flat", "ink", "noto", "twemoji"))
+protocol = Protocol("killed", prompts, (Measure("seen", ("target",), "emoji-object"),), (0, 1), steps=4)
+done = runs.run(ek.load("emoji", device="cpu"), None, protocol, folder=Path(sys.argv[1]), progress=False)
+if done.manifest["last"]["processes"] == 1 or __import__("os").environ["RANK"] == "0":
+    print(json.dumps({"hashes": done.hashes(), "table": done.table().to_csv(), "last": done.manifest["last"]}))
+"""
+
+
+def start(script, folder, *launcher, **kwargs):
+    command = [sys.executable, *launcher, str(script), str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **kwargs)
+
+
+def output(process) -> dict:
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return json.loads(text.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_and_processes_share_the_work(tmp_path):
+    """kill -9 in the middle, then again: the same table and pictures, only the rest is drawn. So with two processes."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    whole = output(start(script, tmp_path / "whole"))
+    assert whole["last"]["drawn"] == 24
+
+    killed = start(script, tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    lines = lambda: sum(f.read_bytes().count(b"\n") for f in (tmp_path / "killed").glob("*/pictures.0.jsonl"))
+    while not (done := lines()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    done = lines()
+    assert 0 < done < 24
+    (index,) = (tmp_path / "killed").glob("*/pictures.0.jsonl")
+    index.write_bytes(
+        index.read_bytes() + b"0123456789abcdef {half a li"
+    )  # as a kill inside a write leaves it
+    again = output(start(script, tmp_path / "killed"))
+    assert again["last"]["drawn"] == 24 - done
+    assert (again["hashes"], again["table"]) == (whole["hashes"], whole["table"])
+
+    launcher = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0"
+    shared = output(
+        start(script, tmp_path / "shared", *launcher.split(), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    )
+    assert shared["last"]["processes"] == 2 and shared["last"]["drawn"] == 12
+    assert (shared["hashes"], shared["table"]) == (whole["hashes"], whole["table"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_runs_on_a_gpu_are_another_key(emoji, tmp_path):
+    on_gpu = ek.load("emoji", device="cuda", dtype="float32")
+    protocol = small(seeds=(0,))
+    cpu = runs.run(emoji, None, protocol, folder=tmp_path, progress=False)
+    gpu = runs.run(on_gpu, None, protocol, folder=tmp_path, progress=False)
+    assert gpu.folder != cpu.folder and gpu.measured()["seen"]["n"] == 5
+    assert runs.run(on_gpu, None, protocol, folder=tmp_path, progress=False).hashes() == gpu.hashes()
+
+
+# The command line
+
+
+def test_options_come_from_the_config():
+    """Every field of every Config is an option, those of a Config inside too; what is given changes that alone."""
+    from erasekit import cli_methods
+    from erasekit.methods import METHODS, rece, uce
+
+    for method in METHODS.values():
+        names = {one.name for one in cli_methods.options(method.Config)}
+        for field in dataclasses.fields(method.Config):
+            assert field.name in names or f"{field.name}_lam" in names
+    preset = rece.PRESETS["emoji"]
+    changed = cli_methods.configured(preset, {"start_lam": 0.7, "epochs": 1})
+    assert changed == dataclasses.replace(preset, epochs=1, start=dataclasses.replace(preset.start, lam=0.7))
+    about = cli_methods._about(uce.Config, "lam", "lam|tokens")
+    assert "ridge" in about and "start token" in cli_methods._about(
+        uce.Config, "tokens", "lam|tokens|templates"
+    )
+
+
+def test_erase_with_options_of_the_method(tmp_path, capsys):
+    from erasekit.cli import main
+
+    out = tmp_path / "church.safetensors"
+    line = [
+        "erase",
+        "uce",
+        "church",
+        "--preserve",
+        "castle",
+        "--lam",
+        "0.3",
+        "--no-preserve-null",
+        "--out",
+        str(out),
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        main(line)
+    assert stopped.value.code is None and "context_map" in capsys.readouterr().out
+    found, preset = ek.Edit.load(out).metadata, ek.uce.PRESETS["emoji"]
+    assert found["config"] == json.loads(json.dumps(dataclasses.asdict(
+        dataclasses.replace(preset, lam=0.3, preserve_null=False)
+    )))  # fmt: skip
+    assert found["concepts"]["preserve"] == ["castle"]
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("evaluate objects", "give --erased once"),
+        ("evaluate objects --erased unicorn", "unicorn"),
+        ("evaluate everything", "everything"),
+        ("erase uce church --out x --lam much", "much"),
+        ("erase uce church --out x --preset no_such", "no_such"),
+    ],
+)
+def test_bad_input_is_one_line(line, said, capsys, tmp_path, monkeypatch):
+    from erasekit.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(line.split())
+    err = capsys.readouterr().err
+    errors = [one for one in err.splitlines() if one.startswith("error: ")]
+    assert stopped.value.code == 2 and len(errors) == 1 and said in errors[0]
+
+
+def test_every_shipped_file_has_a_licence():
+    from erasekit.cli import licence_rows
+
+    known = [asset for asset, *_ in licence_rows()]
+    shipped = subprocess.run(
+        ["git", "ls-files", "data"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for file in shipped.stdout.split():
+        if file.endswith(("LICENSES.md", "SHA256SUMS.json")):
+            continue
+        matches = [
+            a
+            for a in known
+            if fnmatch.fnmatch(file, a + "*" if a.endswith("/") else a) and a != "data/emoji/"
+        ]
+        assert matches, f"{file} has no line in a LICENSES file"
+    assert all(len(row) == 3 and all(row) for row in licence_rows())
