@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from erasekit import closed_form
+from erasekit.evaluate.metrics import rate
 
 
 def target_rate(shown: Sequence[str], erased: str) -> float:
@@ -82,3 +83,21 @@ def check_derived_embedding(theirs: Callable[[Tensor, Tensor, Tensor, float], Te
             f"with lam={lam} the objective still has a slope of {slope.norm():.2g} at your c'"
         )
     print("derived_embedding: all tests passed")
+
+
+def wilson_interval(k: int, n: int) -> tuple[float, float]:
+    """Both ends of Wilson's 95 % interval: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)."""
+    z, p = 1.959964, k / n
+    center, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+
+
+def check_wilson_interval(theirs: Callable[[int, int], tuple[float, float]]) -> None:
+    """Notebook 02, exercise 1."""
+    for k, n in ((0, 50), (3, 151), (50, 50), (7, 10)):
+        expected, found = rate(k, n), theirs(k, n)
+        for end, one in zip(("low", "high"), found, strict=True):
+            assert abs(one - expected[end]) < 1e-4, (
+                f"{k}/{n}: the {end} end is {expected[end]}, yours is {one:.5f}"
+            )
+    print("wilson_interval: all tests passed")

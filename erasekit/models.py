@@ -393,6 +393,10 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
         except SafetensorError as error:
             advice = "restore it with git" if source == "emoji" else "download or save the model again"
             raise ValueError(f"{file} is truncated or damaged ({error}): {advice}") from error
+        if source == "emoji":
+            from erasekit.emoji import data
+
+            data.verified(file.relative_to(folder.parent).as_posix(), folder.parent)
     try:
         with no_progress_bars() if local else nullcontext():
             pipeline = DiffusionPipeline.from_pretrained(

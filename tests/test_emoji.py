@@ -41,10 +41,33 @@ def test_every_concept_in_every_style():
     assert len(data.heldout()) == 269
 
 
-@pytest.mark.parametrize("name", ["concepts.csv", "heldout.csv", "sheet_ink.png"])
-def test_damaged_file_is_named(tmp_path, name):
+UNET = "model/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def world_copy(tmp_path):
     for file in (*json.loads((EMOJI / data.CHECKSUMS).read_text()), data.CHECKSUMS):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(EMOJI / file, tmp_path / file)
+    return tmp_path
+
+
+def test_a_flipped_byte_in_the_weights_is_named(world_copy, monkeypatch):
+    shutil.copytree(EMOJI_MODEL, world_copy / "model", dirs_exist_ok=True)
+    monkeypatch.setattr(ek.models, "EMOJI_MODEL", world_copy / "model")
+    assert ek.load("emoji", device="cpu").fingerprint()  # control
+    content = bytearray((world_copy / UNET).read_bytes())
+    content[len(content) // 2] ^= 1
+    (world_copy / UNET).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{UNET} is damaged"):
+        ek.load("emoji", device="cpu")
+    data.record_weights(world_copy)  # as after training
+    assert ek.load("emoji", device="cpu").preset == "emoji"
+
+
+@pytest.mark.parametrize("name", ["concepts.csv", "heldout.csv", "sheet_ink.png", "judge.safetensors", UNET])
+def test_damaged_file_is_named(world_copy, name):
+    tmp_path = world_copy
     assert len(data.concepts(tmp_path)) == 104  # control
     data.concepts.cache_clear()
     content = (tmp_path / name).read_bytes()

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from erasekit.concepts import token_ids
+from erasekit.emoji import data
 from erasekit.models import no_progress_bars
 from erasekit.paths import EMOJI_CLIP, EMOJI_MODEL
 
@@ -22,7 +23,7 @@ def load_clip() -> CLIPModel:
     with no_progress_bars():
         text = CLIPTextModel.from_pretrained(EMOJI_MODEL / "text_encoder")
     weights = {f"text_model.{name}": value for name, value in text.state_dict().items()}
-    clip.load_state_dict(weights | load_file(EMOJI_CLIP / "vision.safetensors"))
+    clip.load_state_dict(weights | load(data.verified(f"{EMOJI_CLIP.name}/vision.safetensors")))
     return clip.float().eval()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from erasekit.paths import EMOJI, replacing
+from erasekit.paths import EMOJI, replacing, write_atomically
 
 STYLES = ("noto", "twemoji", "flat", "ink", "glossy")
 SPRITE = 96  # pixels; larger than the 64 the model draws, so that a shrunk or shifted copy stays sharp
@@ -76,6 +76,15 @@ def verified(name: str, folder: Path = EMOJI) -> bytes:
             f"restore it with `git checkout -- data/emoji/{name}`"
         )
     return content
+
+
+def record_weights(folder: Path = EMOJI) -> None:
+    """Put the SHA-256 of every weights file into the recorded sums: the last step of training a part."""
+    sums = json.loads((folder / CHECKSUMS).read_text())
+    for file in folder.rglob("*.safetensors"):
+        if "checkpoints" not in file.parts:
+            sums[file.relative_to(folder).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_atomically(folder / CHECKSUMS, json.dumps(dict(sorted(sums.items())), indent=1) + "\n")
 
 
 def _rows(name: str, folder: Path) -> list[dict]:
@@ -199,6 +208,7 @@ def build(packages: Path, folder: Path = EMOJI) -> None:
     for name, content in written.items():
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
+    record_weights(folder)
 
 
 def _csv(rows: list[dict]) -> bytes:

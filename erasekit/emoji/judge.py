@@ -10,7 +10,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from erasekit.emoji import data
@@ -53,7 +53,7 @@ class Judge(nn.Module):
 @cache
 def _judge() -> Judge:
     judge = Judge()
-    judge.load_state_dict(load_file(EMOJI_JUDGE))
+    judge.load_state_dict(load(data.verified(EMOJI_JUDGE.name)))
     return judge.float().eval()
 
 

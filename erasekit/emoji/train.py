@@ -548,6 +548,7 @@ def main() -> None:
     if given.go_on:
         options["begin"] = begin_of(given.part, EMOJI / f"{given.part}_log.csv")
     parts[given.part](**options)
+    data.record_weights()
 
 
 if __name__ == "__main__":
