@@ -63,6 +63,7 @@ def measure(
     *,
     pictures: int = 200,
     config: rece.Config | None = None,
+    skip_before: bool = False,
     progress: bool = False,
 ) -> dict:
     """The module's table as a dict, `pictures` of each kind (synonyms: as many as there are, once each, at most)."""
@@ -85,7 +86,7 @@ def measure(
         found = {"target": rates(), "others": right(draw(others))}
         return found | {"synonyms": right(draw(synonyms))} if synonyms else found
 
-    before = without_attack()
+    before = {} if skip_before else without_attack()
     gram = weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
     eye = torch.eye(gram.shape[0], dtype=torch.float64)
     rounds, previous = [], None
@@ -143,13 +144,18 @@ def main() -> None:
         default=rece.PRESETS["emoji"].epochs,
         help="rounds of RECE (default: %(default)s)",
     )
+    parser.add_argument(
+        "--skip-before",
+        action="store_true",
+        help="do not draw the unedited model (data/emoji/report.json says what it can draw)",
+    )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     kept = "".join(f" --preserve {json.dumps(name)}" for name in given.preserve)
     named = " ".join(json.dumps(name) for name in given.concepts)
     command = (
         f"python -m erasekit.evaluate.regeneration {named}{kept} --pictures {given.pictures} "
-        f"--epochs {given.epochs} --out {given.out.as_posix()}"
+        f"--epochs {given.epochs} {'--skip-before ' if given.skip_before else ''}--out {given.out.as_posix()}"
     )
     result = measure(
         load("emoji"),
@@ -157,6 +163,7 @@ def main() -> None:
         given.preserve,
         pictures=given.pictures,
         config=replace(rece.PRESETS["emoji"], epochs=given.epochs),
+        skip_before=given.skip_before,
         progress=True,
     )
     write_atomically(given.out, json.dumps({"command": command, **result}, indent=1) + "\n")
