@@ -398,9 +398,13 @@ def test_readme_has_the_numbers_of_the_report():
         assert str(number) in text
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+MEASURED = sorted(file for file in RESULTS.glob("*.json") if not file.stem.startswith("benchmark"))
+
+
+@pytest.mark.parametrize("file", MEASURED, ids=lambda file: file.stem)
 def test_results_are_about_these_weights(emoji, file):
     result = json.loads(file.read_text())
     assert result["fingerprint"] == emoji.fingerprint() and result["vae"] == emoji.vae_fingerprint()
-    assert result["judge"] == judge.fingerprint()
-    assert result["command"].startswith("python -m erasekit run ")
+    assert judge.fingerprint() in (result.get("judge"), *result.get("judges", {}).values())
+    assert result["command"].startswith("python -m erasekit")
+    assert result["command"].endswith(f" --out data/results/{file.name}")

@@ -192,7 +192,8 @@ class Run:
                 "erased": self.protocol.erased,
             },
             "measured": self.measured(),
-            **{key: self.manifest[key] for key in ("model", "vae", "edit", "machine", "versions")},
+            "fingerprint": self.manifest["model"],
+            **{key: self.manifest[key] for key in ("vae", "edit", "judges", "machine", "versions")},
         }
 
 
