@@ -75,9 +75,8 @@ def command(method: str, work: Callable, common: Callable) -> Callable:
         return work(method, module, {k: v for k, v in kwargs.items() if k not in shared}, **bound.arguments)
 
     shared = inspect.signature(common).parameters
-    own = [
-        one for one in options(module.Config) if one.name not in shared
-    ]  # --anchor does what its Config field does
+    # where a Config has a field of the same name, as UCE's anchor, the common option stands for it
+    own = [one for one in options(module.Config) if one.name not in shared]
     call.__signature__ = inspect.Signature([*shared.values(), *own])
     call.__annotations__ = {name: one.annotation for name, one in call.__signature__.parameters.items()}
     call.__doc__ = (
