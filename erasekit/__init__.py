@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from erasekit import closed_form, evaluate
+    from erasekit import attacks, closed_form, evaluate
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
     from erasekit.methods import rece, uce
@@ -24,7 +24,7 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "unknown"
 
-__all__ = ["load", "DiffusionModel", "Concept", "Edit", "closed_form", "evaluate", "uce", "rece"]
+__all__ = ["load", "DiffusionModel", "Concept", "Edit", "attacks", "closed_form", "evaluate", "uce", "rece"]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
 _HOME = {
@@ -38,7 +38,7 @@ _HOME = {
 
 
 def __getattr__(name: str):
-    if name in ("closed_form", "evaluate"):
+    if name in ("attacks", "closed_form", "evaluate"):
         return import_module(f"erasekit.{name}")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""The command line: `python -m erasekit generate | erase | run | evaluate | compare | licences | notebooks`.
+"""The command line: `python -m erasekit generate | erase | run | attack | evaluate | compare | licences | notebooks`.
 
 Bad input ends in one line on stderr and exit status 2; a failed notebook in exit status 1.
 Heavy imports happen inside the commands, so that --help is quick.
@@ -25,6 +25,9 @@ app = App(
 app.command("erasekit.cli_methods:erase", name="erase", help="Erase concepts and save the edit.")
 app.command(
     "erasekit.cli_methods:run", name="run", help="Erase and judge the whole emoji world, before and after."
+)
+app.command(
+    "erasekit.cli_methods:attack", name="attack", help="Attack an edit and write how often it succeeds."
 )
 notebooks_app = App(name="notebooks", help="Run, refresh and check the notebooks.")
 app.command(notebooks_app)

@@ -1,4 +1,4 @@
-"""`erasekit erase METHOD` and `erasekit run METHOD`: one command per method, its options made from its Config."""
+"""`erasekit erase METHOD`, `run METHOD`, `attack ATTACK`: one command for each, its options made from its Config."""
 
 import inspect
 import json
@@ -9,9 +9,13 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
+import torch
 from cyclopts import App, Parameter
 
 import erasekit as ek
+from erasekit.attacks import ATTACKS
+from erasekit.attacks import emoji as stages
+from erasekit.attacks.common import chosen, save, unknowing
 from erasekit.evaluate import world
 from erasekit.methods import METHODS
 from erasekit.paths import write_atomically
@@ -23,6 +27,8 @@ run = App(
     name="run",
     help="Erase from the emoji model, draw its whole world before and after, and write the judge's rates.",
 )
+
+attack = App(name="attack", help="Attack the emoji model, or an edit of it, and write how often it succeeds.")
 
 
 def options(config: type, prefix: str = "") -> list[inspect.Parameter]:
@@ -65,24 +71,22 @@ def configured(config, given: dict, prefix: str = ""):
     return replace(config, **changes)
 
 
-def command(method: str, work: Callable, common: Callable) -> Callable:
-    """A function for cyclopts: the parameters of `common`, then the method's own options."""
-    module = METHODS[method]
+def command(name: str, module, work: Callable, common: Callable) -> Callable:
+    """A function for cyclopts: the parameters of `common`, then the method's or attack's own options."""
 
     def call(*args, **kwargs):
         bound = inspect.signature(common).bind(*args, **{k: v for k, v in kwargs.items() if k in shared})
         bound.apply_defaults()
-        return work(method, module, {k: v for k, v in kwargs.items() if k not in shared}, **bound.arguments)
+        return work(name, module, {k: v for k, v in kwargs.items() if k not in shared}, **bound.arguments)
 
     shared = inspect.signature(common).parameters
     # where a Config has a field of the same name, as UCE's anchor, the common option stands for it
     own = [one for one in options(module.Config) if one.name not in shared]
     call.__signature__ = inspect.Signature([*shared.values(), *own])
     call.__annotations__ = {name: one.annotation for name, one in call.__signature__.parameters.items()}
-    call.__doc__ = (
-        f"{(module.__doc__ or method).splitlines()[0]}\n\nOptions that are left out keep the preset's values."
-    )
-    call.__name__ = method
+    first = inspect.cleandoc(module.__doc__).partition("\n\n")[0]
+    call.__doc__ = f"{first}\n\nOptions that are left out keep the preset's values."
+    call.__name__ = name.replace("-", "_")
     return call
 
 
@@ -133,18 +137,64 @@ def _run(method, module, given, concepts, out, preserve, anchor, preset) -> None
     model, edit = _fitted(module, given, concepts, preserve, anchor, "emoji", preset)
     result = world.measure(model, edit, progress=True)
     words = [method, *map(json.dumps, concepts)]
-    for name, value in {"preserve": preserve, "anchor": anchor, "preset": preset, **given}.items():
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            if one is not None:
-                words.append(
-                    f"--{name.replace('_', '-')} {one if isinstance(one, (int, float)) else json.dumps(one)}"
-                )
+    words += _given({"preserve": preserve, "anchor": anchor, "preset": preset, **given})
     line = f"python -m erasekit run {' '.join(words)} --out {out.as_posix()}"
     write_atomically(out, json.dumps({"command": line, **result}, indent=1) + "\n")
     before, after = (result[when]["target"]["rate"] for when in ("before", "after"))
     print(f"{out}: target {before:.1%} to {after:.1%}, others fall by {result['others_fall']:.1%}")
 
 
-for _name in METHODS:
-    erase.command(command(_name, _erase, _erase_parameters), name=_name)
-    run.command(command(_name, _run, _run_parameters), name=_name)
+def _attack_parameters(
+    concept: Annotated[str, Parameter(help="The erased object or style, or 'weapon'.")],
+    *,
+    out: Annotated[Path, Parameter(help="The result to write (JSON).")],
+    edit: Annotated[
+        Path | None, Parameter(help="The erasure to attack; the unedited model if absent.")
+    ] = None,
+    control: Annotated[
+        bool, Parameter(help="Attack a model that knows no concept: its text encoder is random.", negative=())
+    ] = False,
+    attempts: Annotated[int, Parameter(help="Prompts times seeds.")] = 50,
+): ...
+
+
+def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
+    original, loaded = ek.load("emoji"), ek.Edit.load(edit) if edit else None
+    if control and loaded:
+        raise ValueError("give --control or --edit, not both")
+    victim = loaded.merged(original) if loaded else original.copy()
+    if control:
+        victim = unknowing(original, torch.Generator().manual_seed(0))
+    config = configured(chosen(module.PRESETS, original, None), given)
+    result = stages.attack(
+        name, victim, original, stages.stage(concept, attempts), config=config, progress=True
+    )
+    words = [
+        name,
+        json.dumps(concept),
+        *([f"--edit {edit.as_posix()}"] if edit else []),
+        *["--control"] * control,
+    ]
+    words += [f"--attempts {attempts}", *_given(given)]
+    method = loaded.metadata["method"] if loaded else "no text" if control else "no edit"
+    made = {key: loaded.metadata[key] for key in ("method", "config", "concepts")} if loaded else None
+    line = f"python -m erasekit attack {' '.join(words)} --out {out.as_posix()}"
+    save(result, out, line, erased=concept, method=method, edit_made=made)
+    print(result.table().T.to_string(header=False))
+
+
+def _given(options: dict) -> list[str]:
+    """Options as they are written on the command line."""
+    return [
+        f"--{name.replace('_', '-')} {one if isinstance(one, (int, float)) else json.dumps(one)}"
+        for name, value in options.items()
+        for one in (value if isinstance(value, (list, tuple)) else [value])
+        if one is not None
+    ]
+
+
+for _name, _module in METHODS.items():
+    erase.command(command(_name, _module, _erase, _erase_parameters), name=_name)
+    run.command(command(_name, _module, _run, _run_parameters), name=_name)
+for _name, _module in ATTACKS.items():
+    attack.command(command(_name, _module, _attack, _attack_parameters), name=_name)

@@ -114,7 +114,7 @@ class Edit:
         self._check_base(model)
         new = self._edited(model, scale)
         old = [(parameter, parameter.data) for parameter, _ in new]
-        model._active.append(self)
+        model._active.append((self, scale))
         try:
             for parameter, value in new:
                 parameter.data = value

@@ -168,3 +168,21 @@ def record_attention(unet: nn.Module) -> Iterator[AttentionMaps]:
     finally:
         for name, module in modules.items():
             module.set_processor(before[name])
+
+
+def encode_rows(text_encoder: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
+    """Last hidden state (n, length, d) of token embeddings `rows` (n, length, d) in place of those of `ids`.
+
+    Positions, causal mask and final layer norm are the encoder's own; gradients reach `rows`. With the rows of `ids`
+    (n, length) themselves it is `text_encoder(ids)[0]`.
+    """
+    embedding = text_backbone(text_encoder).embeddings.token_embedding
+    if rows.shape != (*ids.shape, embedding.embedding_dim):
+        raise ValueError(
+            f"expected rows {(*ids.shape, embedding.embedding_dim)} for these ids, got {tuple(rows.shape)}"
+        )
+    hook = embedding.register_forward_hook(lambda *_: rows.to(embedding.weight.dtype))
+    try:
+        return text_encoder(ids)[0]
+    finally:
+        hook.remove()

@@ -47,7 +47,9 @@ class DiffusionModel:
     preset: str = "sd"
     source: str | None = None
     _fingerprint: str | None = field(default=None, init=False, repr=False)
-    _active: list = field(default_factory=list, init=False, repr=False)  # edits in force, the innermost last
+    _active: list = field(
+        default_factory=list, init=False, repr=False
+    )  # (edit, scale) in force, the innermost last
 
     @property
     def unet(self):

@@ -13,7 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import erasekit as ek
-from erasekit.emoji import captions, clip, data, judge, training
+from erasekit import training
+from erasekit.emoji import captions, clip, data, judge
 from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
 from erasekit.emoji.report import phrase_prompts, real_pictures
 from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
@@ -272,6 +273,8 @@ def test_judged_resumes_and_counts_applied_edits(emoji, tmp_path, monkeypatch):
     assert not first.probability.equals(edited.probability)
     monkeypatch.setattr(emoji, "draw", lambda *_, **__: pytest.fail("drawn again"))
     assert world.judged(emoji, prompts, [0, 1], steps=4, folder=tmp_path).equals(first)
+    asked = world.protocol(prompts, [0, 1], steps=4).short
+    assert list(world.counts({"once more": first})["protocol"]) == [asked]
 
 
 def test_harmonic_mean_by_hand():
@@ -298,20 +301,23 @@ def test_prompts_about_a_concept_and_a_style():
     assert len(spread(others, 200)) == 200 == len(set(spread(others, 200))) and spread(target, 200) == target
 
 
-def test_regeneration_draws_the_edits_it_names(emoji, tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "judged", functools.partial(world.judged, folder=tmp_path, steps=8))
+def test_regeneration_draws_the_edits_it_names(emoji, tmp_path):
+    judged = functools.partial(world.judged, folder=tmp_path, steps=8)
     config = dataclasses.replace(ek.rece.PRESETS["emoji"], epochs=1)
-    result = regeneration.measure(emoji, "church", ["castle"], pictures=5, config=config)
+    result = regeneration.measure(
+        emoji, "church", ["castle"], pictures=5, config=config, steps=8, folder=tmp_path
+    )
+    assert result["protocol"] == regeneration.protocol(["church"], 5, steps=8).short
     uce, rece = result["rounds"]
     church = world.grid(["church"])
-    assert result["before"]["target"] == world.object_rate(world.judged(emoji, church))
+    assert result["before"]["target"] == world.object_rate(judged(emoji, church))
     for row, edit in (
         (uce, ek.uce.fit(emoji, "church", ["castle"])),
         (rece, ek.rece.fit(emoji, "church", ["castle"], config=config)),
     ):
         with edit.applied(emoji):
-            assert row["target"] == world.object_rate(world.judged(emoji, church))
-            undone = world.judged(emoji, church, attack=edit.context_map.inverse().matrix())
+            assert row["target"] == world.object_rate(judged(emoji, church))
+            undone = judged(emoji, church, attack=edit.context_map.inverse().matrix())
         # control: T^-1 undoes it
         assert world.object_rate(undone)["k"] >= result["before"]["target"]["k"] - 1
         good = [1 - row["target"]["rate"], row["others"]["rate"], 1 - row["synonyms"]["rate"]]

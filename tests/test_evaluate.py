@@ -652,3 +652,14 @@ def test_every_shipped_file_has_a_licence():
         ]
         assert matches, f"{file} has no line in a LICENSES file"
     assert all(len(row) == 3 and all(row) for row in licence_rows())
+
+
+def test_an_edit_at_half_strength_is_another_run(model, tmp_path):
+    edit = ek.Edit.from_context_map(
+        ek.closed_form.ContextMap(-torch.eye(32).double(), torch.eye(32).double()), model
+    )
+    with edit.applied(model):
+        whole = runs.edits_in_force(model)
+    with edit.applied(model, scale=0.5):
+        half = runs.edits_in_force(model)
+    assert whole == [edit.digest] != half

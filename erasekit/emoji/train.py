@@ -23,9 +23,9 @@ from erasekit.emoji import captions, data
 from erasekit.emoji.clip import load_clip, text_features
 from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
-from erasekit.emoji.training import CHECKPOINTS, begin_of, optimize
 from erasekit.models import DiffusionModel, drop_origin
 from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_JUDGE, EMOJI_MODEL, replacing
+from erasekit.training import CHECKPOINTS, begin_of, optimize
 
 
 def batch(sprites: torch.Tensor, n: int, generator: torch.Generator, placement: Placement):

@@ -28,32 +28,46 @@ import torch
 from erasekit.closed_form import weight_gram
 from erasekit.edits import Edit
 from erasekit.emoji import data, judge
-from erasekit.evaluate import world
+from erasekit.evaluate import runs, world
 from erasekit.evaluate.metrics import harmonic_mean, separated
+from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import rece
 from erasekit.models import DiffusionModel, load
 from erasekit.paths import write_atomically
 
 
-def spread(prompts: Sequence[world.Prompt], count: int) -> list[world.Prompt]:
+def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """At most `count` of the prompts, evenly spaced."""
     step = max(1.0, len(prompts) / count)
     return [prompts[int(i * step)] for i in range(min(count, len(prompts)))]
 
 
-def prompts_about(erased: Sequence[str]) -> tuple[list[world.Prompt], list[world.Prompt], list[world.Prompt]]:
+def prompts_about(erased: Sequence[str]) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
     """Prompts of the erased concepts or styles, of their synonyms, and of everything else."""
     everything = world.grid()
     target = [p for p in everything if p.concept in erased or p.style in erased]
     phrases = [(c.name, word) for c in data.concepts() if c.name in erased for word in c.synonyms]
     phrases += [(h.concept, h.text) for h in data.heldout() if h.concept in erased and h.kind == "synonym"]
     synonyms = [
-        world.Prompt(f"a {word} in {style} style", name, style)
-        for name, word in phrases
-        for style in data.STYLES
+        Prompt(f"a {word} in {style} style", name, style) for name, word in phrases for style in data.STYLES
     ]
     return target, synonyms, [p for p in everything if p not in target]
+
+
+def protocol(erased: Sequence[str], pictures: int = 200, steps: int = world.STEPS) -> Protocol:
+    """The pictures of the module's table: prompts with the roles target, others and synonyms, and what is counted."""
+    target, synonyms, others = prompts_about(erased)
+    target = spread(target, pictures)
+    seeds = range(-(-pictures // len(target)))
+    prompts = [replace(p, role="target", seed=seed) for seed in seeds for p in target]
+    for role, part in (("others", others), ("synonyms", synonyms)):
+        prompts += [replace(p, role=role) for p in spread(part, pictures)]
+    style = set(erased) <= set(data.STYLES)
+    how = {"judge": "emoji-style", "asked": "style"} if style else {"judge": "emoji-object"}
+    measures = [Measure(role, (role,), **how) for role in dict.fromkeys(p.role for p in prompts)]
+    name = "emoji-regeneration"
+    return Protocol(name, tuple(prompts), tuple(measures), steps=steps, erased=tuple(erased))
 
 
 def measure(
@@ -64,6 +78,8 @@ def measure(
     pictures: int = 200,
     config: rece.Config | None = None,
     skip_before: bool = False,
+    steps: int = world.STEPS,
+    folder: Path = runs.RUNS,
     progress: bool = False,
 ) -> dict:
     """The module's table as a dict, `pictures` of each kind (synonyms: as many as there are, once each, at most)."""
@@ -71,20 +87,17 @@ def measure(
     states: list[dict] = []
     edit = rece.fit(model, erase, preserve, config=config, callback=states.append)
     erased = [concept.name for concept in model.concepts(erase)]
-    target, synonyms, others = prompts_about(erased)
-    style = set(erased) <= set(data.STYLES)
-    right = world.style_rate if style else world.object_rate
-    target = spread(target, pictures)
-    seeds = range(-(-pictures // len(target)))
+    asked = protocol(erased, pictures, steps)
+    aimed = tuple(p for p in asked.prompts if p.role == "target")
+    attacked = replace(asked, prompts=aimed, measures=asked.measures[:1])
 
-    draw = lambda prompts: world.judged(model, spread(prompts, pictures), progress=progress)
-
-    def rates(attack=None) -> dict:
-        return right(world.judged(model, target, seeds, attack=attack, progress=progress))
+    def rates(attack: torch.Tensor) -> dict:
+        return runs.run(model, None, attacked, attack=attack, folder=folder, progress=progress).measured()[
+            "target"
+        ]
 
     def without_attack() -> dict:
-        found = {"target": rates(), "others": right(draw(others))}
-        return found | {"synonyms": right(draw(synonyms))} if synonyms else found
+        return runs.run(model, None, asked, folder=folder, progress=progress).measured()
 
     before = {} if skip_before else without_attack()
     gram = weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
@@ -101,7 +114,7 @@ def measure(
             if state["step"] in (0, config.epochs):
                 row |= without_attack()
                 kept = [1 - row["target"]["rate"], row["others"]["rate"]]
-                kept += [1 - row["synonyms"]["rate"]] if synonyms else []
+                kept += [1 - row["synonyms"]["rate"]] if "synonyms" in row else []
                 row["harmonic_mean"] = round(harmonic_mean(kept), 5)
             row["attack"] = rates(attack)
             if previous is not None:
@@ -114,6 +127,7 @@ def measure(
         rounds.append(row)
         previous = attack
     return {
+        "protocol": asked.short,
         "fingerprint": model.fingerprint(),
         "vae": model.vae_fingerprint(),
         "judge": judge.fingerprint(),
@@ -125,7 +139,7 @@ def measure(
         "rounds": rounds,
         "attack_falls_from_uce_to_rece": separated(rounds[0]["attack"], rounds[-1]["attack"]),
         "edit_bytes": edit.nbytes,
-        "steps": world.STEPS,
+        "steps": steps,
         "guidance": world.GUIDANCE,
         "machine": world.machine(),
     }

@@ -77,7 +77,7 @@ def _sealed(record: dict) -> bytes:
     return hashlib.sha256(body).hexdigest()[:16].encode() + b" " + body + b"\n"
 
 
-def _append(path: Path, records: Iterable[dict]) -> None:
+def append_sealed(path: Path, records: Iterable[dict]) -> None:
     """Write records at the end, after cutting off a line that a kill left unfinished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
@@ -89,7 +89,7 @@ def _append(path: Path, records: Iterable[dict]) -> None:
         os.fsync(file.fileno())
 
 
-def _records(folder: Path, stem: str) -> dict[str, dict]:
+def read_sealed(folder: Path, stem: str) -> dict[str, dict]:
     """{shot: record} of all ranks' files; ValueError naming a damaged line."""
     found = {}
     for path in sorted(folder.glob(f"{stem}.*.jsonl")):
@@ -123,18 +123,18 @@ class Run:
 
     def pictures(self) -> Iterator[tuple[Shot, Image.Image]]:
         """Shots and their pictures; ValueError for a file that is not what was written."""
-        index = _records(self.folder, "pictures")
+        index = read_sealed(self.folder, "pictures")
         for shot in shots(self.protocol):
             yield shot, _picture(self.folder, shot, index)
 
     def hashes(self) -> list[str]:
         """SHA-256 of every picture's pixels, in the protocol's order."""
-        index = _records(self.folder, "pictures")
+        index = read_sealed(self.folder, "pictures")
         return [index[shot.key]["pixels"] for shot in shots(self.protocol)]
 
     def scores(self, judge: str) -> list[dict | list]:
         """The raw record of every picture, in the protocol's order."""
-        found = _records(self.folder / "scores", _score_stem(JUDGES[judge]()))
+        found = read_sealed(self.folder / "scores", _score_stem(JUDGES[judge]()))
         if missing := sum(shot.key not in found for shot in shots(self.protocol)):
             raise ValueError(
                 f"{missing} pictures have no score of {judge}: run the protocol again, it goes on"
@@ -177,7 +177,7 @@ class Run:
         return pd.DataFrame(
             {
                 "measure": list(found := self.measured()),
-                "value": [_shown(value) for value in found.values()],
+                "value": [shown(value) for value in found.values()],
                 "erased": ", ".join(self.protocol.erased) or "-",
                 "protocol": self.protocol.short,
             }
@@ -197,7 +197,7 @@ class Run:
         }
 
 
-def _shown(value: dict) -> str:
+def shown(value: dict) -> str:
     if "harmonic_mean" in value:
         return f"{value['harmonic_mean']:.3f}"
     return f"{value['count']} in {value['n']} pictures" if "count" in value else metrics.text(value)
@@ -257,14 +257,14 @@ def run(
     state = PartialState(cpu=not torch.cuda.is_available()) if several else None
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     with edit.applied(model) if edit else nullcontext(), _sampler(model, protocol.sampler):
-        applied = [one.digest for one in model._active]
-        key = _key(model, applied, protocol, attack)
+        applied = edits_in_force(model)
+        key = model_key(model, applied, protocol, attack)
         place = folder / key
         seconds = {"draw": 0.0, "judge": 0.0}
-        index = _records(place, "pictures")
+        index = read_sealed(place, "pictures")
         wanted = list({shot.key: shot for shot in shots(protocol)}.values())
         judges = [JUDGES[name]() for name in protocol.judges]
-        judged = {judge.name: _records(place / "scores", _score_stem(judge)) for judge in judges}
+        judged = {judge.name: read_sealed(place / "scores", _score_stem(judge)) for judge in judges}
         pieces = [wanted[i : i + PIECE] for i in range(0, len(wanted), PIECE)][rank::processes]
         drawn = 0
         with tqdm(
@@ -330,7 +330,7 @@ def compare(runs: Mapping[str, Run], progress: bool = False) -> pd.DataFrame:
         columns["measure"].append(row)
         columns["protocol"].append(first.protocol.short)
         for name in runs:
-            columns[name].append(_shown(measured[name][row]))
+            columns[name].append(shown(measured[name][row]))
         for name, other in others:
             difference = ""
             if row in by_name:
@@ -378,7 +378,14 @@ def peak_memory_mb() -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
 
 
-def _key(model: DiffusionModel, applied: list[str], protocol: Protocol, attack: torch.Tensor | None) -> str:
+def edits_in_force(model: DiffusionModel) -> list[str]:
+    """Digests of the applied edits, with the strength of those that are not applied whole."""
+    return [edit.digest if scale == 1 else f"{edit.digest} x {scale!r}" for edit, scale in model._active]
+
+
+def model_key(
+    model: DiffusionModel, applied: list[str], protocol: Protocol, attack: torch.Tensor | None
+) -> str:
     attacked = None
     if attack is not None:
         attacked = hashlib.sha256(attack.double().contiguous().cpu().numpy().tobytes()).hexdigest()
@@ -434,7 +441,7 @@ def _draw(model, missing: Sequence[Shot], protocol, attack, place: Path, rank: i
             hashes = {"file": file.read_bytes(), "pixels": np.asarray(picture).tobytes()}
             records.append({"shot": shot.key} | {k: hashlib.sha256(v).hexdigest() for k, v in hashes.items()})
     if records:
-        _append(place / f"pictures.{rank}.jsonl", records)
+        append_sealed(place / f"pictures.{rank}.jsonl", records)
     return records
 
 
@@ -444,7 +451,7 @@ def _judge(judge, todo: Sequence[Shot], index: dict, place: Path, rank: int) -> 
     pictures = [_picture(place, shot, index) for shot in todo]
     records = checked(judge, pictures, [shot.prompt.text for shot in todo])
     lines = [{"shot": shot.key, "record": record} for shot, record in zip(todo, records, strict=True)]
-    _append(place / "scores" / f"{_score_stem(judge)}.{rank}.jsonl", lines)
+    append_sealed(place / "scores" / f"{_score_stem(judge)}.{rank}.jsonl", lines)
 
 
 def _file(place: Path, shot: Shot) -> Path:

@@ -1,6 +1,6 @@
 """Draw the emoji world's prompts and let the judge say what is on the pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from erasekit.edits import Edit
 from erasekit.emoji import data, judge
 from erasekit.evaluate import runs
-from erasekit.evaluate.metrics import rate, separated
+from erasekit.evaluate.metrics import rate, separated, text
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.evaluate.runs import machine
 from erasekit.models import DiffusionModel
@@ -28,6 +28,18 @@ def grid(
     return [Prompt(template.format(name, style), name, style) for name in names for style in styles]
 
 
+def protocol(
+    prompts: Sequence[Prompt], seeds: Sequence[int] = (0,), *, steps: int = STEPS, guidance: float = GUIDANCE
+) -> Protocol:
+    """A protocol made up for these prompts: does the judge see their concepts and styles?"""
+    measures = (
+        Measure("objects", ("",), "emoji-object"),
+        Measure("styles", ("",), "emoji-style", asked="style"),
+    )
+    plain = tuple(replace(prompt, role="") for prompt in prompts)
+    return Protocol("judged", plain, measures, tuple(seeds), steps=steps, guidance=guidance)
+
+
 def judged(
     model: DiffusionModel,
     prompts: Sequence[Prompt],
@@ -42,18 +54,14 @@ def judged(
     """One row per prompt and seed: concept, style, prompt, seed, shown and drawn_style (the judge's first choices),
     probability (of the concept).
 
-    A run (`runs.run`, which see for attack and folder) of a protocol made up for these prompts: an interrupted one
-    goes on where it stopped, a repeated one draws nothing. Applied edits count.
+    A run (`runs.run`, which see for attack and folder) of `protocol` for these prompts: an interrupted one goes on
+    where it stopped, a repeated one draws nothing. Applied edits count. The protocol's name and hash are in the
+    table's `attrs["protocol"]`.
     """
-    measures = (
-        Measure("objects", ("",), "emoji-object"),
-        Measure("styles", ("",), "emoji-style", asked="style"),
-    )
-    plain = tuple(replace(prompt, role="") for prompt in prompts)
-    protocol = Protocol("judged", plain, measures, tuple(seeds), steps=steps, guidance=guidance)
-    done = runs.run(model, None, protocol, attack=attack, folder=folder, progress=progress)
+    asked = protocol(prompts, seeds, steps=steps, guidance=guidance)
+    done = runs.run(model, None, asked, attack=attack, folder=folder, progress=progress)
     first = lambda record: max(record, key=record.get)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "concept": shot.prompt.concept,
             "style": shot.prompt.style,
@@ -64,9 +72,11 @@ def judged(
             "probability": shown[shot.prompt.concept],
         }
         for shot, shown, style in zip(
-            runs.shots(protocol), done.scores("emoji-object"), done.scores("emoji-style"), strict=True
+            runs.shots(asked), done.scores("emoji-object"), done.scores("emoji-style"), strict=True
         )
     )
+    table.attrs["protocol"] = asked.short
+    return table
 
 
 def object_rate(table: pd.DataFrame) -> dict:
@@ -77,6 +87,18 @@ def object_rate(table: pd.DataFrame) -> dict:
 def style_rate(table: pd.DataFrame) -> dict:
     """Share of pictures on which the judge sees the style of the prompt."""
     return rate(int((table.drawn_style == table["style"]).sum()), len(table))
+
+
+def counts(
+    tables: dict[str, pd.DataFrame], right: Callable[[pd.DataFrame], dict] = object_rate
+) -> pd.DataFrame:
+    """One row per table of `judged`: k/n with its interval, and the protocol."""
+    return pd.DataFrame(
+        [
+            {"": name, "the judge sees it": text(right(table)), "protocol": table.attrs["protocol"]}
+            for name, table in tables.items()
+        ]
+    )
 
 
 def erasure(before: pd.DataFrame, after: pd.DataFrame, erased: Sequence[str]) -> dict:
@@ -101,30 +123,34 @@ def erasure(before: pd.DataFrame, after: pd.DataFrame, erased: Sequence[str]) ->
     return result
 
 
-def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, progress: bool = False) -> dict:
-    """`erasure` of an edit of the emoji model over the whole world.
-
-    All concepts in all styles with seed 0; prompts of the erased concepts with further seeds, until there are at least
-    `target_pictures` of them. Rates before the edit are drawn once and reused.
+def whole_world(erased: Sequence[str], target_pictures: int = 50) -> list[Prompt]:
+    """Prompts with seeds of their own: the whole grid with seed 0, and those about `erased` with more seeds, until
+    there are `target_pictures` of them.
     """
-    named = model.concepts(edit.metadata["concepts"]["erase"])
-    erased = [concept.name for concept in named]
     everything = grid()
     aimed = [p for p in everything if p.concept in erased or p.style in erased]
     if not aimed:
         raise ValueError(f"no concept or style of the emoji world is called {', '.join(erased)}")
     more = range(1, -(-target_pictures // len(aimed)))
-    draw = lambda: pd.concat(
-        [judged(model, everything, [0], progress=progress)]
-        + ([judged(model, aimed, more, progress=progress)] if more else []),
-        ignore_index=True,
-    )
+    return [replace(p, seed=0) for p in everything] + [replace(p, seed=s) for s in more for p in aimed]
+
+
+def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, progress: bool = False) -> dict:
+    """`erasure` of an edit of the emoji model over the whole world.
+
+    The prompts are those of `whole_world`. Rates before the edit are drawn once and reused.
+    """
+    named = model.concepts(edit.metadata["concepts"]["erase"])
+    erased = [concept.name for concept in named]
+    prompts = whole_world(erased, target_pictures)
+    draw = lambda: judged(model, prompts, progress=progress)
     before = draw()
     with edit.applied(model):
         after = draw()
     result = erasure(before, after, erased)
     target = [result[when]["target"] for when in ("before", "after")]
     return {
+        "protocol": protocol(prompts).short,
         "fingerprint": model.fingerprint(),
         "vae": model.vae_fingerprint(),
         "judge": judge.fingerprint(),

@@ -1,4 +1,4 @@
-"""One resumable optimization loop for the four parts: AdamW, EMA, checkpoints without pickle, CSV log."""
+"""One resumable optimization loop: AdamW, EMA, checkpoints without pickle, CSV log."""
 
 import csv
 import json
@@ -23,6 +23,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
         return peak * (step + 1) / warmup
     tail = max(0.0, (step - 0.6 * steps) / (0.4 * steps))
     return peak * (0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, tail))).item()))
+
+
+def constant(step: int, steps: int, peak: float) -> float:
+    """The same learning rate throughout."""
+    return peak
 
 
 def save_checkpoint(path: Path, module, average, optimizer, step: int, generator, seconds: float) -> None:
@@ -66,19 +71,25 @@ def optimize(
     steps: int,
     peak: float,
     generator: torch.Generator,
-    log: Path,
+    log: Path | None = None,
+    schedule: Callable[[int, int, float], float] = learning_rate,
+    callback: Callable[[dict], None] | None = None,
     decay: float = 0.999,
     weight_decay: float = 0.01,
     begin: int = 0,
     save_every: int = SAVE_EVERY,
+    log_every: int = 20,
     folder: Path = CHECKPOINTS,
+    progress: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Minimize loss(generator)["loss"] over the steps begin to `steps` and return the averaged weights.
 
     Starts from `folder/name.safetensors` when it exists; with the same arguments, an interrupted run ends in the
     weights of an uninterrupted one. A begin above 0 goes on from weights that an earlier run left, with a schedule
-    of its own. Every 20th step appends the mean of each scalar to `log`. A loss that is not finite raises
-    FloatingPointError and leaves the last checkpoint in place.
+    of its own. Every `log_every` steps append the mean of each scalar to `log` (for the same log after an interruption,
+    save_every must be a multiple of it); callback gets step and scalars at every one.
+    decay: of the average, 0 for the last weights themselves. A loss that is not finite raises FloatingPointError and
+    leaves the last checkpoint in place.
     """
     path = folder / (f"{name}-from-{begin}.safetensors" if begin else f"{name}.safetensors")
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -87,13 +98,16 @@ def optimize(
     start, spent = begin, 0.0
     if path.exists():
         start, spent = load_checkpoint(path, module, average, optimizer, generator)
-    _cut(log, start)
+    if log:
+        _cut(log, start)
     named = {k: v for k, v in module.named_parameters() if v.requires_grad}
     clock, window = time.perf_counter() - spent, []
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+    bar = tqdm(
+        range(start, steps), initial=start, total=steps, desc=name, mininterval=10, disable=not progress
+    )
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - begin, steps - begin, peak)
+            group["lr"] = schedule(step - begin, steps - begin, peak)
         terms = loss(generator)
         if not torch.isfinite(terms["loss"]):
             raise FloatingPointError(
@@ -106,18 +120,15 @@ def optimize(
         optimizer.step()
         rate = min(decay, (step - begin + 1) / (step - begin + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - rate)
-        window.append({k: float(v) for k, v in terms.items()})
-        if (step + 1) % 20 == 0:
+        window.append({k: v.item() for k, v in terms.items()})
+        if callback is not None:
+            callback({"step": step, **window[-1]})
+        if (step + 1) % log_every == 0:
             means = {k: sum(w[k] for w in window) / len(window) for k in window[0]}
             bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
-            _append(
-                log,
-                {
-                    "step": step + 1,
-                    "seconds": round(time.perf_counter() - clock, 1),
-                    **{k: round(v, 6) for k, v in means.items()},
-                },
-            )
+            if log:
+                row = {"step": step + 1, "seconds": round(time.perf_counter() - clock, 1)}
+                _append(log, row | {k: round(v, 6) for k, v in means.items()})
             window = []
         if (step + 1) % save_every == 0 or step + 1 == steps:
             save_checkpoint(

@@ -1,0 +1,491 @@
+"""What the attacks share: the goal, what one attempt records, prompts with free tokens, and work that resumes.
+
+Every attack has `Config`, `PRESETS` and
+
+    run(model, prompts, *, goal, seeds, ..., config=None, generator=None) -> AttackResult
+
+prompts and seeds are zipped as in `generate`; each pair is one attempt. The model is the victim, as it is or inside
+`with edit.applied(model):`, and is never changed. `goal` is a Measure: what the judge must see on a picture for a
+success. Attacks find a text, an embedding, latents or weights, draw with it, and ask the judge.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from erasekit.concepts import content_ids, token_ids
+from erasekit.evaluate import metrics, runs
+from erasekit.evaluate.judges import JUDGES, checked
+from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.layers import encode_rows, text_backbone
+from erasekit.models import DiffusionModel
+from erasekit.paths import BUILD, write_atomically
+
+FOLDER = BUILD / "attacks"
+
+
+def sees(*labels: str, judge: str = "emoji-object") -> Measure:
+    """The goal that the judge's first choice is one of the labels."""
+    if not labels:
+        raise ValueError("say what the attack wants to see: sees('dog')")
+    return Measure("seen", ("target",), judge, labels=labels)
+
+
+def reached(goal: Measure, pictures: Sequence[Image], texts: Sequence[str]) -> list[bool]:
+    """The judge's verdict on each picture; RuntimeError where it fails."""
+    if not pictures:
+        return []
+    records = checked(JUDGES[goal.judge](), pictures, texts)
+    return [
+        bool(runs.reading(goal, Prompt(text), record)) for text, record in zip(texts, records, strict=True)
+    ]
+
+
+# Results
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One prompt and seed under attack.
+
+    raw: the prompt as it is reaches the goal. reached: the attack does. found: the adversarial text, None where the
+    attack does not end in a text. looks: pictures that the attack drew and had judged. unet, text: forward passes of
+    one latent and of one prompt that the search took, those of its looks not counted. trace: the search, one dict a
+    step or a block.
+    """
+
+    prompt: str
+    seed: int
+    raw: bool
+    reached: bool
+    found: str | None = None
+    looks: int = 0
+    unet: int = 0
+    text: int = 0
+    trace: tuple[dict, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack did to one victim.
+
+    protocol: of the prompts as they are; results that share it stand in one table. needs: what the attacker has.
+    learned: embeddings or the like that the attack ended in, where it has any. course: the loss of a training that all
+    attempts share.
+    """
+
+    attack: str
+    needs: str
+    protocol: Protocol
+    config: dict
+    attempts: tuple[Attempt, ...]
+    model: str
+    edit: tuple[str, ...]
+    learned: Tensor | None = None
+    course: tuple[dict, ...] = ()
+
+    def raw(self) -> dict:
+        """Rate of the prompts as they are (pre-ASR of UnlearnDiffAtk)."""
+        return metrics.rate(sum(one.raw for one in self.attempts), len(self.attempts))
+
+    def success(self) -> dict:
+        """Rate of the prompts that reach the goal as they are or by the attack (ASR of UnlearnDiffAtk)."""
+        return metrics.rate(sum(one.raw or one.reached for one in self.attempts), len(self.attempts))
+
+    def alone(self) -> dict:
+        """Rate of the attack by itself, whatever the prompt as it is does. UnlearnDiffAtk and P4D leave out prompts
+        that reach the goal anyway; those count as no success here.
+        """
+        return metrics.rate(sum(one.reached for one in self.attempts), len(self.attempts))
+
+    def within(self, looks: int) -> dict:
+        """Rate of success when the attacker stops after so many looks at a picture."""
+        done = [
+            one.raw or any(step.get("reached") for step in one.trace if step.get("look", 0) <= looks)
+            for one in self.attempts
+        ]
+        return metrics.rate(sum(done), len(done))
+
+    def table(self) -> pd.DataFrame:
+        """One row: k/n and interval of the raw prompts and of the attack, mean cost, protocol hash."""
+        mean = lambda what: round(float(np.mean([getattr(one, what) for one in self.attempts])), 1)
+        return pd.DataFrame(
+            [
+                {
+                    "attack": self.attack,
+                    "raw prompt": metrics.text(self.raw()),
+                    "raw or attack": metrics.text(self.success()),
+                    "separate": metrics.separated(self.raw(), self.success()),
+                    "looks": mean("looks"),
+                    "UNet passes": mean("unet"),
+                    "texts": mean("text"),
+                    "protocol": self.protocol.short,
+                }
+            ]
+        )
+
+    def result(self, traces: bool = True) -> dict:
+        """All of it as plain data, to be committed."""
+        attempts = [asdict(one) for one in self.attempts]
+        if not traces:
+            attempts = [{k: v for k, v in one.items() if k != "trace"} for one in attempts]
+        return {
+            "attack": self.attack,
+            "needs": self.needs,
+            "protocol": {"name": self.protocol.name, "hash": self.protocol.hash},
+            "fingerprint": self.model,
+            "edit": list(self.edit),
+            "config": self.config,
+            "raw": self.raw(),
+            "success": self.success(),
+            "alone": self.alone(),
+            "separate": metrics.separated(self.raw(), self.success()),
+            "course": list(self.course),
+            "attempts": attempts,
+            "machine": runs.machine(),
+        }
+
+
+# The victim
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One attack on one victim: what the attempts are and where their results are kept."""
+
+    attack: str
+    needs: str
+    model: DiffusionModel
+    protocol: Protocol
+    config: object
+    raw: tuple[bool, ...]
+    own: tuple[int, ...]  # a seed for each attempt's own draws
+    folder: Path
+    progress: bool
+
+    @property
+    def goal(self) -> Measure:
+        return self.protocol.measures[0]
+
+    @property
+    def shots(self) -> list[runs.Shot]:
+        return runs.shots(self.protocol)
+
+    def generators(self) -> list[torch.Generator]:
+        """A fresh generator for each attempt, on the CPU."""
+        return [torch.Generator().manual_seed(seed) for seed in self.own]
+
+    def draw(self, embeddings: Tensor, seeds: Sequence[int], **changes) -> list[Image]:
+        """Pictures of text embeddings (n, length, d), sampled as the protocol says."""
+        settings = {"steps": self.protocol.steps, "guidance": self.protocol.guidance} | changes
+        return self.model.draw(embeddings, seeds, **settings)
+
+    def look(self, texts: Sequence[str], seeds: Sequence[int]) -> list[bool]:
+        """Draw texts and ask the judge."""
+        if not texts:
+            return []
+        return reached(self.goal, self.draw(self.model.encode(texts), seeds), texts)
+
+    def resumed(
+        self, items: Sequence[str], batch: int, work: Callable[[list[int]], list[dict]], stem: str = "search"
+    ) -> list[dict]:
+        """work(indices) -> one record each, for all items in pieces of `batch`. What an earlier call finished is read
+        back, so that a kill costs one piece at most.
+        """
+        done = runs.read_sealed(self.folder, stem)
+        missing = [i for i, item in enumerate(items) if item not in done]
+        with tqdm(
+            total=len(items),
+            initial=len(items) - len(missing),
+            desc=self.attack,
+            unit="prompt",
+            disable=not self.progress,
+        ) as bar:
+            for start in range(0, len(missing), batch):
+                piece = missing[start : start + batch]
+                records = [
+                    {"shot": items[i], "record": record} for i, record in zip(piece, work(piece), strict=True)
+                ]
+                runs.append_sealed(self.folder / f"{stem}.0.jsonl", records)
+                done |= {record["shot"]: record for record in records}
+                bar.update(len(piece))
+        # as JSON gives them back, whether or not they were just made
+        return json.loads(json.dumps([done[item]["record"] for item in items]))
+
+    def drawn(self, records: Sequence[dict]) -> AttackResult:
+        """One look at each record's `found` text with its attempt's seed; a text that the tokenizer refuses fails."""
+        shots = self.shots
+        usable = [i for i, one in enumerate(records) if fits(self.model.tokenizer, one["found"])]
+
+        def look(piece: list[int]) -> list[dict]:
+            of = [usable[i] for i in piece]
+            seen = self.look([records[i]["found"] for i in of], [shots[i].seed for i in of])
+            return [{"reached": verdict} for verdict in seen]
+
+        seen = self.resumed([shots[i].key for i in usable], runs.PIECE, look, stem="looks")
+        verdicts = {i: one["reached"] for i, one in zip(usable, seen, strict=True)}
+        complete = []
+        for i, record in enumerate(records):
+            found = verdicts.get(i, False)
+            trace = [*record.get("trace", ()), {"look": int(i in verdicts), "reached": found}]
+            complete.append(record | {"reached": found, "looks": int(i in verdicts), "trace": trace})
+        return self.finished(complete)
+
+    @property
+    def log(self) -> Path:
+        """Where a training writes its loss."""
+        return self.folder / "loss.csv"
+
+    def finished(self, records: Sequence[dict], learned: Tensor | None = None) -> AttackResult:
+        """records: per attempt the fields of Attempt that the attack found."""
+        course = pd.read_csv(self.log)[["step", "loss"]].to_dict("records") if self.log.exists() else ()
+        attempts = tuple(
+            Attempt(shot.prompt.text, shot.seed, raw, **{**record, "trace": tuple(record.get("trace", ()))})
+            for shot, raw, record in zip(self.shots, self.raw, records, strict=True)
+        )
+        return AttackResult(
+            self.attack,
+            self.needs,
+            self.protocol,
+            json.loads(json.dumps(asdict(self.config), default=str)),
+            attempts,
+            self.model.fingerprint(),
+            tuple(runs.edits_in_force(self.model)),
+            learned,
+            tuple(course),
+        )
+
+
+def prepare(
+    attack: str,
+    needs: str,
+    model: DiffusionModel,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    goal: Measure,
+    config,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    *,
+    depends: Sequence = (),
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Setting:
+    """Draw and judge the prompts as they are, and find the folder of this attack on this victim.
+
+    generator: one, from which a seed for each attempt is drawn in order, or one for each attempt (None: seed 0).
+    depends: whatever else the result depends on: tensors, pictures, texts, other models.
+    """
+    prompts, seeds = model._pairs(prompts, seeds)
+    if goal.roles != ("target",):
+        raise ValueError("the goal is a Measure about the role 'target': make it with attacks.sees(...)")
+    if len(set(zip(prompts, seeds, strict=True))) < len(prompts):
+        raise ValueError("a prompt with the same seed was given twice: one attempt each")
+    token_ids(model.tokenizer, prompts)
+    asked = tuple(Prompt(text, role="target", seed=seed) for text, seed in zip(prompts, seeds, strict=True))
+    protocol = Protocol("attacked", asked, (goal,), steps=config.steps, guidance=config.guidance)
+    raw = runs.run(
+        model, None, protocol, folder=(folder or FOLDER).parent / runs.RUNS.name, progress=progress
+    )
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    each = [generator] * len(prompts) if isinstance(generator, torch.Generator) else list(generator)
+    if len(each) != len(prompts):
+        raise ValueError(f"{len(prompts)} attempts and {len(each)} generators: give one, or one each")
+    own = [int(torch.randint(2**62, (), generator=one)) for one in each]
+    settings = [attack, runs.model_key(model, runs.edits_in_force(model), protocol, None), protocol.hash]
+    settings += [type(config).__module__, asdict(config), own, [digest(one) for one in depends]]
+    key = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:24]
+    verdicts = tuple(bool(value) for value in raw.values(goal))
+    place = (folder or FOLDER) / f"{attack}-{key}"
+    return Setting(attack, needs, model, protocol, config, verdicts, tuple(own), place, progress)
+
+
+def digest(thing) -> str:
+    """SHA-256 of a tensor, picture, model, text, or a sequence of them."""
+    if isinstance(thing, Tensor):
+        content = (
+            str(tuple(thing.shape)).encode() + thing.detach().double().cpu().contiguous().numpy().tobytes()
+        )
+    elif isinstance(thing, Image):
+        content = str(thing.size).encode() + thing.convert("RGB").tobytes()
+    elif isinstance(thing, DiffusionModel):
+        content = json.dumps([thing.fingerprint(), runs.edits_in_force(thing)]).encode()
+    elif isinstance(thing, Sequence) and not isinstance(thing, str):
+        content = "".join(map(digest, thing)).encode()
+    else:
+        content = repr(thing).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def chosen(presets: dict, model: DiffusionModel, config):
+    """`config`, or the preset of the model."""
+    return config or presets["emoji" if model.preset == "emoji" else "sd14"]
+
+
+def check(config, **least) -> None:
+    """ValueError unless each named field is a number of at least the given one."""
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not minimum <= value < float("inf")
+        ):
+            raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    for field in dataclasses.fields(config):
+        if field.type in (int, "int") and not isinstance(getattr(config, field.name), int):
+            raise ValueError(f"{field.name} must be a whole number, got {getattr(config, field.name)!r}")
+
+
+# Tokens
+
+
+def layout(tokenizer, contents: Sequence[Sequence[int | None]]) -> tuple[Tensor, Tensor]:
+    """Token ids (n, length) of contents between start and end token, and the mask (n, length) of the free ones (None).
+
+    ValueError when a content is too long: nothing is cut off.
+    """
+    limit, ids = tokenizer.model_max_length, []
+    for content in contents:
+        if len(content) + 2 > limit:
+            raise ValueError(
+                f"{len(content)} tokens with the adversarial ones, the limit is {limit - 2} (plus start and end): "
+                "use a shorter prompt or fewer tokens"
+            )
+        row = [tokenizer.bos_token_id, *content, tokenizer.eos_token_id]
+        ids.append(row + [tokenizer.pad_token_id] * (limit - len(row)))
+    free = torch.tensor([[one is None for one in row] for row in ids])
+    return torch.tensor([[0 if one is None else one for one in row] for row in ids]), free
+
+
+def embed(model: DiffusionModel, ids: Tensor, free: Tensor, rows: Tensor) -> Tensor:
+    """Text embeddings (n, length, d) of ids whose free tokens have the embeddings `rows` (number of free, d), in order.
+
+    Gradients reach `rows` alone.
+    """
+    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach()
+    ids, free = ids.to(table.device), free.to(table.device)
+    fixed = table[ids].float()
+    filled = fixed.masked_scatter(free.unsqueeze(-1), rows.float())
+    return encode_rows(model.text_encoder, ids, filled).to(model.dtype)
+
+
+def vocabulary(tokenizer, stable: bool = True, blocked: Sequence[str] = ()) -> Tensor:
+    """Ids that a token search may use: no special tokens; with `stable` only those that are their own tokenisation
+    once they are text; none whose text holds one of the `blocked` words.
+    """
+    special = set(tokenizer.all_special_ids)
+    found = []
+    for token in range(len(tokenizer)):
+        if token in special:
+            continue
+        text = tokenizer.decode([token]).strip()
+        if any(word.lower() in text.lower() for word in blocked):
+            continue
+        if not stable or (text and content_ids(tokenizer, text) == [token]):
+            found.append(token)
+    if not found:
+        raise ValueError("no token is left to search with: block less")
+    return torch.tensor(found)
+
+
+def as_text(tokenizer, ids: Sequence[int]) -> str:
+    """What the ids read as."""
+    return " ".join(tokenizer.decode(list(ids)).split())
+
+
+def fits(tokenizer, text: str) -> bool:
+    """Whether the text can be given to the model as it is."""
+    try:
+        token_ids(tokenizer, [text])
+    except ValueError:
+        return False
+    return bool(text.strip())
+
+
+# The diffusion loss
+
+
+def latents_of(model: DiffusionModel, pictures: Sequence[Image], batch_size: int = 16) -> Tensor:
+    """Latents (n, channels, height, width) of pictures: the mean of the VAE's posterior, scaled."""
+    processor, vae = model.pipeline.image_processor, model.vae
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(pictures), batch_size):
+            pixels = processor.preprocess(list(pictures[start : start + batch_size]))
+            found.append(
+                vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+            )
+    latents = torch.cat(found).to(model.dtype)
+    side = model.unet.config.sample_size
+    if latents.shape[-2:] != (side, side):
+        raise ValueError(
+            f"pictures give latents of {tuple(latents.shape[-2:])}, this model draws {side} x {side}: resize them"
+        )
+    return latents
+
+
+def noise_error(
+    model: DiffusionModel, clean: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor
+) -> Tensor:
+    """Mean squared error (n,) of the UNet's prediction of `noise` in `clean` latents at `timesteps` (n,), given text
+    embeddings (n, length, d); for models that predict v, of v.
+    """
+    noisy = model.scheduler.add_noise(clean, noise, timesteps)
+    predicted = model.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    wanted = noise
+    if model.scheduler.config.prediction_type == "v_prediction":
+        wanted = model.scheduler.get_velocity(clean, noise, timesteps)
+    return (predicted.float() - wanted.float()).square().flatten(1).mean(1)
+
+
+def standard_normal(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise of the shape of `like`, row i from generator i, drawn in float32 on the CPU."""
+    rows = [torch.randn(like.shape[1:], generator=one) for one in generators]
+    return torch.stack(rows).to(like.device, like.dtype)
+
+
+def save(result: AttackResult, path: Path, command: str, **more) -> None:
+    """Write the result file that notebooks read."""
+    write_atomically(path, json.dumps({"command": command, **more, **result.result()}, indent=1) + "\n")
+
+
+def unknowing(model: DiffusionModel, generator: torch.Generator) -> DiffusionModel:
+    """The negative control: a copy behind a text encoder with random weights, for which no word means anything."""
+    copied = model.copy()
+    fresh = type(copied.text_encoder)(copied.text_encoder.config)
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            value = (
+                torch.randn(parameter.shape, generator=generator)
+                * model.text_encoder.get_parameter(name).float().std()
+            )
+            parameter.copy_(
+                torch.ones_like(parameter) if "norm" in name and name.endswith("weight") else value
+            )
+    copied.pipeline.text_encoder = fresh.to(model.device, model.dtype).eval()
+    return copied
+
+
+@contextmanager
+def frozen(*modules: torch.nn.Module) -> Iterator[None]:
+    """No parameter of the modules wants a gradient inside the block; what passes through them still gets one."""
+    wanted = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    try:
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)

@@ -1,0 +1,120 @@
+"""Benign fine-tuning: does the concept come back when the erased model is tuned on pictures that have nothing to do
+with it?
+
+The UNet of a copy is trained with the plain diffusion loss on captioned pictures; after every `every` updates the
+erased prompts are drawn as they are. Nobody need attack: a user who adapts the model does this (SPQR, arXiv 2511.19558;
+ResAlign). Needs the weights and the right to train.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL.Image import Image
+
+from erasekit.attacks import common
+from erasekit.attacks.common import AttackResult, Measure
+from erasekit.models import DiffusionModel
+from erasekit.training import constant, optimize
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the fine-tuning.
+
+    updates: in all; every: updates between two looks. alpha: AdamW's learning rate, constant. batch: pictures per
+    update. drop: share of captions left empty. steps, guidance: how the model draws.
+    """
+
+    updates: int = 1000
+    every: int = 250
+    alpha: float = 1e-5
+    batch: int = 4
+    drop: float = 0.1
+    steps: int = 50
+    guidance: float = 7.5
+
+    def __post_init__(self):
+        common.check(self, updates=1, every=1, alpha=0, batch=1, drop=0, steps=1)
+        if self.updates % self.every:
+            raise ValueError(f"updates must be a multiple of every, got {self.updates} and {self.every}")
+
+
+PRESETS = {
+    "emoji": Config(updates=200, every=50, alpha=1e-4, batch=16, steps=25, guidance=3.0),  # ours
+    "sd14": Config(),  # ours
+}
+
+
+def run(
+    model: DiffusionModel,
+    prompts: str | Sequence[str],
+    *,
+    goal: Measure,
+    pictures: Sequence[Image],
+    captions: Sequence[str],
+    seeds: int | Sequence[int] = (0,),
+    config: Config | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    folder=None,
+    progress: bool = False,
+    callback: Callable[[dict], None] | None = None,
+) -> AttackResult:
+    """Tune a copy of the model and draw each prompt after every `every` updates; see `attacks.common`.
+
+    pictures, captions: without the concept; that is the caller's to see to. `reached` is the verdict after the last
+    update, the trace has the ones before. callback: step and loss at every update.
+    """
+    config = common.chosen(PRESETS, model, config)
+    if len(pictures) != len(captions) or not pictures:
+        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give as many of each")
+    setting = common.prepare(
+        "benign fine-tuning", "weights, unrelated pictures", model, prompts, seeds, goal, config, generator,
+        depends=[*pictures, list(captions)], folder=folder, progress=progress,
+    )  # fmt: skip
+    shots, own = setting.shots, setting.generators()[0]
+    texts = [shot.prompt.text for shot in shots]
+    clean, text = common.latents_of(model, pictures), model.encode(list(captions))
+    empty = model.encode("")
+    # the weights as they are, with the edits in force
+    tuned = DiffusionModel(copy.deepcopy(model.pipeline), model.preset)
+
+    def loss(generator: torch.Generator) -> dict:
+        picked = torch.randint(len(clean), (config.batch,), generator=generator)
+        t = torch.randint(1000, (config.batch,), generator=generator).to(model.device)
+        noise = torch.randn((config.batch, *clean.shape[1:]), generator=generator).to(
+            clean.device, clean.dtype
+        )
+        dropped = (torch.rand(config.batch, generator=generator) < config.drop).to(model.device)
+        given = torch.where(dropped[:, None, None], empty, text[picked.to(text.device)])
+        return {"loss": common.noise_error(tuned, clean[picked.to(clean.device)], noise, t, given).mean()}
+
+    def stage(piece: list[int]) -> list[dict]:
+        (number,) = piece
+        updates = (number + 1) * config.every
+        optimize(
+            "unet", tuned.unet, loss, steps=updates, peak=config.alpha, generator=own, schedule=constant,
+            callback=callback, log=setting.log, decay=0.0, save_every=config.every, folder=setting.folder,
+            log_every=math.gcd(config.every, 20), progress=setting.progress,
+        )  # fmt: skip
+        pictures = tuned.draw(
+            model.encode(texts), [s.seed for s in shots], steps=config.steps, guidance=config.guidance
+        )
+        return [{"update": updates, "reached": common.reached(setting.goal, pictures, texts)}]
+
+    stages = setting.resumed([str(i) for i in range(config.updates // config.every)], 1, stage)
+    (setting.folder / "unet.safetensors").unlink(missing_ok=True)  # large, and of no more use
+    records = [
+        {
+            "reached": stages[-1]["reached"][i],
+            "looks": len(stages),
+            "trace": [
+                {"look": n + 1, "update": one["update"], "reached": one["reached"][i]}
+                for n, one in enumerate(stages)
+            ],
+        }
+        for i in range(len(shots))
+    ]
+    return setting.finished(records)

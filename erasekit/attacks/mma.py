@@ -1,0 +1,169 @@
+"""A text that the text encoder cannot tell from a given one, without its words: the text attack of MMA-Diffusion (Yang
+et al., CVPR 2024, arXiv 2311.17516), written anew from its formulas.
+
+    min over k tokens   1 - cos( tau(tokens), tau(target text) )        tau: the row at the first end token
+
+Greedy coordinate gradient (Zou et al., 2023): the gradient with respect to the one-hot rows names the most promising
+`top` tokens of every slot; of `candidates` texts that differ from the present one in one slot, the best is taken, even
+where it is worse, and the best of all is kept. Tokens with blocked words are never used.
+
+Black-box: the text encoder alone is needed. The targets are the caller's own; none are shipped.
+
+The authors' code and data are CC BY-NC-ND and were not used. There, each slot is given its neighbour's gradient (off by
+one); here it gets its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erasekit.attacks import common
+from erasekit.attacks.common import AttackResult, Measure
+from erasekit.concepts import content_ids, eot_position
+from erasekit.layers import text_backbone
+from erasekit.models import DiffusionModel
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the text-space gradient search.
+
+    tokens: length of the text. updates: steps. top: tokens per slot that are considered. candidates: texts per step.
+    stable: see UnlearnDiffAtk. batch: prompts at a time. steps, guidance: how the victim draws.
+    """
+
+    tokens: int = 20
+    updates: int = 1000
+    top: int = 256
+    candidates: int = 512
+    stable: bool = False
+    batch: int = 1
+    steps: int = 50
+    guidance: float = 7.5
+
+    def __post_init__(self):
+        common.check(self, tokens=1, updates=1, top=1, candidates=1, batch=1, steps=1)
+
+
+PRESETS = {
+    "emoji": Config(tokens=8, updates=60, top=64, candidates=64, stable=True, steps=25, guidance=3.0),  # ours
+    "sd14": Config(),
+}
+
+
+def run(
+    model: DiffusionModel,
+    prompts: str | Sequence[str],
+    *,
+    goal: Measure,
+    blocked: Sequence[str] = (),
+    seeds: int | Sequence[int] = (0,),
+    config: Config | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    folder=None,
+    progress: bool = False,
+) -> AttackResult:
+    """One search per distinct prompt, drawn with all its seeds; see `attacks.common` for what all attacks share.
+
+    prompts: the target texts. blocked: words that no token of the found text may hold.
+    """
+    config = common.chosen(PRESETS, model, config)
+    setting = common.prepare(
+        "MMA (text)", "text encoder", model, prompts, seeds, goal, config, generator, depends=[list(blocked)],
+        folder=folder, progress=progress,
+    )  # fmt: skip
+    shots = setting.shots
+    allowed = common.vocabulary(model.tokenizer, config.stable, blocked)
+    distinct = list(dict.fromkeys(shot.prompt.text for shot in shots))
+    first = {text: next(i for i, s in enumerate(shots) if s.prompt.text == text) for text in distinct}
+
+    def found(piece: list[int]) -> list[dict]:
+        generators = setting.generators()
+        return [search(model, distinct[i], allowed, config, generators[first[distinct[i]]]) for i in piece]
+
+    records = dict(zip(distinct, setting.resumed(distinct, config.batch, found), strict=True))
+    return setting.drawn([records[shot.prompt.text] for shot in shots])
+
+
+def search(
+    model: DiffusionModel, target: str, allowed: Tensor, config: Config, generator: torch.Generator
+) -> dict:
+    """found, text (prompts encoded) and trace of one greedy coordinate gradient search."""
+    tokenizer = model.tokenizer
+    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
+    table = table[allowed.to(table.device)]
+    wanted = _end_row(model, model.encode(target), torch.tensor([len(content_ids(tokenizer, target)) + 1]))
+    ids, free = common.layout(tokenizer, [[None] * config.tokens])
+    end = eot_position(tokenizer, ids)
+    slots = torch.randint(len(allowed), (config.tokens,), generator=generator)
+    best, best_loss, trace, encoded = slots, float("inf"), [], 1
+
+    def loss_of(one_hot: Tensor) -> Tensor:
+        """Loss (n,) of one-hot rows (n, k, v)."""
+        n = len(one_hot)
+        text = common.embed(model, ids.expand(n, -1), free.expand(n, -1), (one_hot @ table).flatten(0, 1))
+        return 1 - F.cosine_similarity(_end_row(model, text, end.expand(n)), wanted)
+
+    hot = lambda rows: F.one_hot(rows, len(allowed)).float().to(table.device)
+    for number in range(config.updates):
+        now = hot(slots)[None].requires_grad_()
+        value = loss_of(now)
+        (gradient,) = torch.autograd.grad(value.sum(), now)
+        if value.item() < best_loss:
+            best, best_loss = slots, value.item()
+        promising = (-gradient[0]).topk(min(config.top, len(allowed)), dim=-1).indices.cpu()
+        tried = neighbours(slots, promising, config.candidates, generator)
+        tried = _stays(tokenizer, tried, slots, allowed)
+        encoded += 1 + len(tried)
+        if not len(tried):
+            break
+        with torch.no_grad():
+            # rows of the table, not products with it: candidates are many
+            text = common.embed(
+                model,
+                ids.expand(len(tried), -1),
+                free.expand(len(tried), -1),
+                table[tried.flatten().to(table.device)],
+            )
+            values = 1 - F.cosine_similarity(_end_row(model, text, end.expand(len(tried))), wanted)
+        slots = tried[values.argmin().cpu()]
+        if float(values.min()) < best_loss:
+            best, best_loss = slots, float(values.min())
+        trace.append({"update": number, "loss": round(float(values.min()), 6), "best": round(best_loss, 6)})
+    every = max(1, len(trace) // 20)
+    return {
+        "found": common.as_text(tokenizer, allowed[best].tolist()),
+        "text": encoded,
+        "trace": [*trace[:-1:every], *trace[-1:]],
+    }
+
+
+def neighbours(slots: Tensor, promising: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows (count, k) that differ from slots (k,) in one place: places in turn, the token one of `promising`
+    (k, top) at that place, uniformly.
+    """
+    k, top = promising.shape
+    places = torch.arange(count) % k
+    new = promising[places, torch.randint(top, (count,), generator=generator)]
+    rows = slots.repeat(count, 1)
+    rows[torch.arange(count), places] = new
+    return rows
+
+
+def _stays(tokenizer, rows: Tensor, slots: Tensor, allowed: Tensor) -> Tensor:
+    """The rows that are not `slots` itself and read back as as many tokens."""
+    kept = [
+        row
+        for row in rows
+        if not torch.equal(row, slots)
+        and len(content_ids(tokenizer, common.as_text(tokenizer, allowed[row].tolist()))) == len(row)
+    ]
+    return torch.stack(kept) if kept else rows[:0]
+
+
+def _end_row(model: DiffusionModel, text: Tensor, end: Tensor) -> Tensor:
+    """Row (n, d) of text embeddings (n, length, d) at positions end (n,)."""
+    return text[torch.arange(len(text)), end.to(text.device)].float()
