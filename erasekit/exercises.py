@@ -101,3 +101,25 @@ def check_wilson_interval(theirs: Callable[[int, int], tuple[float, float]]) -> 
                 f"{k}/{n}: the {end} end is {expected[end]}, yours is {one:.5f}"
             )
     print("wilson_interval: all tests passed")
+
+
+def simplex_projection(v: Tensor) -> Tensor:
+    """The nearest point u >= 0, sum u = 1, to v (n,): v minus the shift with which its positive part sums to 1."""
+    ordered = v.sort(descending=True).values
+    shifts = (ordered.cumsum(0) - 1) / torch.arange(1, len(v) + 1)
+    return (v - shifts[ordered > shifts][-1]).clamp_min(0)
+
+
+def check_simplex_projection(theirs: Callable[[Tensor], Tensor]) -> None:
+    """Notebook 30, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.1, 1.0, 5.0):
+        v = scale * torch.randn(6, generator=generator, dtype=torch.float64)
+        found = theirs(v)
+        assert (found >= 0).all() and abs(float(found.sum()) - 1) < 1e-8, "it is not on the simplex"
+        corners = torch.eye(6, dtype=torch.float64)
+        # nearest: no corner of the simplex lies on the far side of the residual
+        assert ((corners - found) @ (v - found) < 1e-8).all(), (
+            "a point of the simplex is nearer to v than yours"
+        )
+    print("simplex_projection: all tests passed")

@@ -287,7 +287,7 @@ class DiffusionModel:
         """An independent model with the same weights. ValueError while an edit is in force."""
         if self._active:
             raise ValueError("an edit is applied to this model: leave its `with` block first")
-        return DiffusionModel(copy.deepcopy(self.pipeline), self.preset)
+        return DiffusionModel(copied(self.pipeline), self.preset)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read."""
@@ -315,6 +315,15 @@ class DiffusionModel:
             prompts * count if len(prompts) == 1 else prompts,
             [int(seed) for seed in (seeds * count if len(seeds) == 1 else seeds)],
         )
+
+
+def copied(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A deep copy that shares the tokenizers: they do not change, and their decoder does not survive a deep copy."""
+    result = copy.deepcopy(pipeline)
+    for name in ("tokenizer", "tokenizer_2"):
+        if getattr(pipeline, name, None) is not None:
+            setattr(result, name, getattr(pipeline, name))
+    return result
 
 
 def drop_origin(folder: str | Path) -> None:

@@ -267,6 +267,42 @@ def test_prompt_files_are_whole_or_refused(tmp_path, monkeypatch):
     assert protocols.PROMPT_FILES["unlearndiff-nudity"].rows == 142
 
 
+def test_protocols_over_classes_and_artists_split_what_is_erased_from_the_rest(tmp_path, monkeypatch):
+    def file(name, column, values):
+        path = tmp_path / f"{name}.csv"
+        rows = [f"prompt,evaluation_seed,{column}", *(f"Image of {v},{i},{v}" for i, v in enumerate(values))]
+        path.write_text("\n".join(rows) + "\n")
+        known = protocols.PROMPT_FILES[name]
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(
+            protocols.PROMPT_FILES, name, dataclasses.replace(known, rows=len(values), sha256=digest)
+        )
+        return path
+
+    church = protocols.imagenette(
+        file("imagenette", "class", ["church", "tench", "church", "golf ball"]), "church"
+    )
+    assert [p.role for p in church.prompts] == ["target", "other", "target", "other"]
+    assert church.prompts[1].concept == "tench, Tinca tinca" and church.judges == (
+        "classifier microsoft/resnet-50",
+    )
+    rembrandt = protocols.artists(file("artists", "artist", ["Rembrandt", "Caravaggio"]), "Rembrandt")
+    assert [p.role for p in rembrandt.prompts] == ["target", "other"] and rembrandt.prompts[
+        0
+    ].style == "Rembrandt"
+    with pytest.raises(ValueError, match="no class of this protocol"):
+        protocols.imagenette(tmp_path / "imagenette.csv", "sofa")
+    captions = tmp_path / "coco.csv"
+    captions.write_text("prompt,evaluation_seed\na bicycle,1\n")
+    digest = hashlib.sha256(captions.read_bytes()).hexdigest()
+    monkeypatch.setitem(
+        protocols.PROMPT_FILES, "coco-30k",
+        dataclasses.replace(protocols.PROMPT_FILES["coco-30k"], rows=1, sha256=digest),
+    )  # fmt: skip
+    (measure,) = protocols.coco(captions).measures
+    assert runs.reading(measure, Prompt("a bicycle"), {"similarity": 0.3}) == 0.3
+
+
 # Judges
 
 

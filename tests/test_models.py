@@ -356,3 +356,10 @@ def test_public_names():
     assert callable(ek.load) and ek.uce.fit and ek.closed_form.solve
     with pytest.raises(AttributeError, match="erasekit has no 'foo'; its public names are load"):
         ek.foo  # noqa: B018
+
+
+def test_a_copy_reads_and_writes_text_as_the_model_does(model):
+    ids = model.tokenizer("a church in flat").input_ids
+    for other in (model.copy(), ek.uce.fit(model, "church", ["house"]).merged(model)):
+        assert other.tokenizer.decode(ids) == model.tokenizer.decode(ids)
+        assert other.unet is not model.unet and other.text_encoder is not model.text_encoder

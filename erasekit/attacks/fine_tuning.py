@@ -6,7 +6,6 @@ erased prompts are drawn as they are. Nobody need attack: a user who adapts the 
 ResAlign). Needs the weights and the right to train.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from PIL.Image import Image
 
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
-from erasekit.models import DiffusionModel
+from erasekit.models import DiffusionModel, copied
 from erasekit.training import constant, optimize
 
 
@@ -79,7 +78,7 @@ def run(
     clean, text = common.latents_of(model, pictures), model.encode(list(captions))
     empty = model.encode("")
     # the weights as they are, with the edits in force
-    tuned = DiffusionModel(copy.deepcopy(model.pipeline), model.preset)
+    tuned = DiffusionModel(copied(model.pipeline), model.preset)
 
     def loss(generator: torch.Generator) -> dict:
         picked = torch.randint(len(clean), (config.batch,), generator=generator)

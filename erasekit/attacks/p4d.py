@@ -60,7 +60,7 @@ class Config:
 
 
 PRESETS = {
-    "emoji": Config(tokens=8, updates=200, every=20, stable=True, steps=25, guidance=3.0),  # ours
+    "emoji": Config(tokens=8, updates=100, every=20, stable=True, steps=25, guidance=3.0),  # ours
     "sd14": Config(),
     "sd14-k": Config(variant="k"),
 }

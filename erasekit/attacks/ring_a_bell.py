@@ -54,7 +54,7 @@ class Config:
 
 PRESETS = {
     "emoji": Config(
-        tokens=8, population=60, generations=150, eta=1.0, stable=True, steps=25, guidance=3.0
+        tokens=8, population=60, generations=100, eta=1.0, stable=True, steps=25, guidance=3.0
     ),  # ours
     "sd14": Config(),
     "sd14-violence": Config(eta=5.5),

@@ -426,3 +426,75 @@ def i2p(path: str | Path, category: str | None = "sexual") -> Protocol:
 def unlearndiff(path: str | Path) -> Protocol:
     """The 142 nudity prompts of UnlearnDiffAtk (Zhang et al., ECCV 2024) as they are: the rate before any attack."""
     return from_file("unlearndiff-nudity", path, nudity_measures(("target",)))
+
+
+# ImageNet's labels of the ten Imagenette classes, as classifiers of the hub spell them
+IMAGENETTE = {
+    "tench": "tench, Tinca tinca",
+    "english springer": "English springer, English springer spaniel",
+    "cassette player": "cassette player",
+    "chain saw": "chain saw, chainsaw",
+    "church": "church, church building",
+    "french horn": "French horn, horn",
+    "garbage truck": "garbage truck, dustcart",
+    "gas pump": "gas pump, gasoline pump, petrol pump, island dispenser",
+    "golf ball": "golf ball",
+    "parachute": "parachute, chute",
+}
+
+
+def imagenette(path: str | Path, erased: str, classifier: str = "microsoft/resnet-50") -> Protocol:
+    """ESD's object form (Gandikota et al., ICCV 2023): ten Imagenette classes by name, first choice of an ImageNet
+    classifier; Acc_e over the erased class, Acc_s over the other nine.
+    """
+    (erased,) = _known(erased, tuple(IMAGENETTE), "class")
+    measures = (
+        Measure("Acc_e", ("target",), _registered("Classifier", classifier), goal="low"),
+        Measure("Acc_s", ("other",), _registered("Classifier", classifier), goal="high"),
+    )
+    return _split(
+        "imagenette",
+        path,
+        measures,
+        erased,
+        lambda p: replace(p, concept=IMAGENETTE[p.concept]),
+        IMAGENETTE[erased],
+    )
+
+
+def artists(path: str | Path, erased: str, clip: str = "openai/clip-vit-large-patch14") -> Protocol:
+    """ESD's five well-known artists: which of them does CLIP see? UA over the erased, IRA over the other four. The
+    paper measures LPIPS and asks people; this zero-shot form is ours.
+    """
+    names = ("Pablo Picasso", "Van Gogh", "Rembrandt", "Andy Warhol", "Caravaggio")
+    (erased,) = _known(erased, names, "artist")
+    judge = _registered("Clip", clip, labels=names, template="a painting by {}")
+    measures = (
+        Measure("UA", ("target",), judge, asked="style", negate=True, goal="high"),
+        Measure("IRA", ("other",), judge, asked="style", goal="high"),
+    )
+    return _split("artists", path, measures, erased, lambda p: p, erased)
+
+
+def coco(path: str | Path, clip: str = "openai/clip-vit-large-patch14", name: str = "coco-30k") -> Protocol:
+    """Utility on COCO captions (name: "coco-30k" or "coco-10k"): mean CLIP score of picture and caption. Distances to
+    real pictures need those pictures, which this package does not ship (`metrics.frechet_distance`).
+    """
+    judge = _registered("Clip", clip)
+    return from_file(name, path, (Measure("CLIP score", ("target",), judge, "mean", labels=("similarity",)),))
+
+
+def _split(name: str, path, measures, erased: str, change, aimed: str) -> Protocol:
+    """A prompt file with the role "target" for what is about `aimed`, "other" for the rest."""
+    given = from_file(name, path, [replace(one, roles=("target",)) for one in measures])
+    prompts = [change(prompt) for prompt in given.prompts]
+    about = lambda prompt: aimed in (prompt.concept, prompt.style)
+    parted = tuple(replace(p, role="target" if about(p) else "other") for p in prompts)
+    return replace(given, prompts=parted, measures=tuple(measures), summary="H", erased=(erased,))
+
+
+def _registered(kind: str, source: str, **settings) -> str:
+    """The name of a judge of the hub, known from now on; its weights are read when it is needed."""
+    from erasekit.evaluate import judges
+
+    return judges.register(getattr(judges, kind)(source, **settings))
