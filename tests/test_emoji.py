@@ -16,7 +16,7 @@ import erasekit as ek
 from erasekit import training
 from erasekit.emoji import captions, clip, data, judge
 from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
-from erasekit.emoji.report import phrase_prompts, real_pictures
+from erasekit.emoji.report import phrase_prompts, protocols, real_pictures
 from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
 from erasekit.evaluate import metrics, regeneration, world
 from erasekit.evaluate.regeneration import prompts_about, spread
@@ -254,6 +254,7 @@ def test_report_is_about_these_weights(emoji):
     for key in ("generated_object", "generated_style", "clip_zero_shot_object", "judge_real_object"):
         assert set(report[key]) == {"k", "n", "rate", "low", "high"}
     assert report["generated_object"]["n"] == 104 * 5 * 5
+    assert report["protocols"] == protocols()
     for key, bar in BARS.items():
         assert report[key]["rate"] >= bar, key
 

@@ -103,6 +103,18 @@ def speed(model: DiffusionModel, repeats: int = 3) -> float:
     return round(float(np.median(times)), 2)
 
 
+def protocols(seeds: int = SEEDS) -> dict[str, str]:
+    """{key of the report: name and hash of the protocol} of the rates over generated pictures."""
+    named = {
+        "generated_object": (world.grid(), seeds),
+        "generated_style": (world.grid(), seeds),
+        "generated_synonym_trained": (phrase_prompts("trained"), 1),
+        "generated_synonym_heldout": (phrase_prompts("synonym"), 1),
+        "generated_implicit_heldout": (phrase_prompts("implicit"), 1),
+    }
+    return {key: world.protocol(prompts, range(n)).short for key, (prompts, n) in named.items()}
+
+
 def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
     """The whole report."""
     model = load("emoji")
@@ -125,6 +137,7 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
         "generated_synonym_trained": world.object_rate(draw(phrase_prompts("trained"))),
         "generated_synonym_heldout": world.object_rate(draw(phrase_prompts("synonym"))),
         "generated_implicit_heldout": world.object_rate(draw(phrase_prompts("implicit"))),
+        "protocols": protocols(seeds),
         "weights_mb": round(size / 1e6, 2),
         "seconds_16_pictures": speed(model),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
