@@ -179,7 +179,7 @@ def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
     method = loaded.metadata["method"] if loaded else "no text" if control else "no edit"
     made = {key: loaded.metadata[key] for key in ("method", "config", "concepts")} if loaded else None
     line = f"python -m erasekit attack {' '.join(words)} --out {out.as_posix()}"
-    save(result, out, line, erased=concept, method=method, edit_made=made)
+    save(result, out, line, **world.subject(original), erased=concept, method=method, edit_made=made)
     print(result.table().T.to_string(header=False))
 
 

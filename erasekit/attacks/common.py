@@ -82,7 +82,7 @@ class AttackResult:
 
     protocol: of the prompts as they are; results that share it stand in one table. needs: what the attacker has.
     learned: embeddings or the like that the attack ended in, where it has any. course: the loss of a training that all
-    attempts share.
+    attempts share. model: fingerprint of the victim.
     """
 
     attack: str
@@ -144,7 +144,7 @@ class AttackResult:
             "attack": self.attack,
             "needs": self.needs,
             "protocol": {"name": self.protocol.name, "hash": self.protocol.hash},
-            "fingerprint": self.model,
+            "victim": self.model,
             "edit": list(self.edit),
             "config": self.config,
             "raw": self.raw(),

@@ -126,9 +126,7 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
         file.stat().st_size for file in EMOJI.rglob("*.safetensors") if "checkpoints" not in file.parts
     )
     return {
-        "fingerprint": model.fingerprint(),
-        "vae": model.vae_fingerprint(),
-        "judge": judge.fingerprint(),
+        **world.subject(model),
         "concepts": len(data.concepts()),
         "seeds": seeds,
         **about_real_pictures(),

@@ -27,7 +27,7 @@ import torch
 
 from erasekit.closed_form import weight_gram
 from erasekit.edits import Edit
-from erasekit.emoji import data, judge
+from erasekit.emoji import data
 from erasekit.evaluate import runs, world
 from erasekit.evaluate.metrics import harmonic_mean, separated
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
@@ -128,9 +128,7 @@ def measure(
         previous = attack
     return {
         "protocol": asked.short,
-        "fingerprint": model.fingerprint(),
-        "vae": model.vae_fingerprint(),
-        "judge": judge.fingerprint(),
+        **world.subject(model),
         "method": "rece",
         "erased": erased,
         "preserve": list(preserve),

@@ -123,6 +123,15 @@ def erasure(before: pd.DataFrame, after: pd.DataFrame, erased: Sequence[str]) ->
     return result
 
 
+def subject(model: DiffusionModel) -> dict:
+    """What a result is about: fingerprints of the unedited model, its autoencoder and the emoji judge."""
+    return {
+        "fingerprint": model.fingerprint(),
+        "vae": model.vae_fingerprint(),
+        "judge": judge.fingerprint(),
+    }
+
+
 def whole_world(erased: Sequence[str], target_pictures: int = 50) -> list[Prompt]:
     """Prompts with seeds of their own: the whole grid with seed 0, and those about `erased` with more seeds, until
     there are `target_pictures` of them.
@@ -151,9 +160,7 @@ def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, pro
     target = [result[when]["target"] for when in ("before", "after")]
     return {
         "protocol": protocol(prompts).short,
-        "fingerprint": model.fingerprint(),
-        "vae": model.vae_fingerprint(),
-        "judge": judge.fingerprint(),
+        **subject(model),
         "method": edit.metadata["method"],
         "config": edit.metadata["config"],
         "preserve": edit.metadata["concepts"]["preserve"],
