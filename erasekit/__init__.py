@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from erasekit import attacks, closed_form, evaluate
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import rece, uce
+    from erasekit.methods import advunlearn, esd, rece, uce
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -24,7 +24,19 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "unknown"
 
-__all__ = ["load", "DiffusionModel", "Concept", "Edit", "attacks", "closed_form", "evaluate", "uce", "rece"]
+__all__ = [
+    "load",
+    "DiffusionModel",
+    "Concept",
+    "Edit",
+    "attacks",
+    "closed_form",
+    "evaluate",
+    "uce",
+    "esd",
+    "rece",
+    "advunlearn",
+]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
 _HOME = {
@@ -33,7 +45,9 @@ _HOME = {
     "Concept": "erasekit.concepts",
     "Edit": "erasekit.edits",
     "uce": "erasekit.methods",
+    "esd": "erasekit.methods",
     "rece": "erasekit.methods",
+    "advunlearn": "erasekit.methods",
 }
 
 

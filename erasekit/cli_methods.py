@@ -96,7 +96,9 @@ def _fitted(module, given: dict, concepts, preserve, anchor, model: str, preset:
     if name not in module.PRESETS:
         raise ValueError(f"unknown preset {name!r}: there are {', '.join(module.PRESETS)}")
     config = configured(module.PRESETS[name], given)
-    return loaded, module.fit(loaded, erase=concepts, preserve=preserve, anchor=anchor, config=config)
+    shown = {"progress": True} if "progress" in inspect.signature(module.fit).parameters else {}
+    edit = module.fit(loaded, erase=concepts, preserve=preserve, anchor=anchor, config=config, **shown)
+    return loaded, edit
 
 
 Concepts = Annotated[list[str], Parameter(help="What to erase.", negative_iterable=())]

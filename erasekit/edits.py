@@ -32,11 +32,12 @@ class Edit:
 
     kind "context_map": tensors `left` and `right`, (d, r) float32, the factors of T = I + left right^T; every
     cross-attention key and value weight W becomes W T. kind "weight_delta": {parameter name, with the
-    pipeline part in front: tensor of the parameter's shape}, added to it. The tensors are on the CPU and are
-    exactly what `save` writes, so pictures are the same before and after saving.
+    pipeline part in front: tensor of the parameter's shape}, added to it. kind "text_encoder": the same for
+    parameters of the text encoder alone; it may be applied to any model with that text encoder. The tensors are
+    on the CPU and are exactly what `save` writes, so pictures are the same before and after saving.
 
-    metadata: method, config, concepts, base (fingerprint of the model it was made for), source (where that
-    model came from), versions, license.
+    metadata: method, config, concepts, base (fingerprint of the model it was made for), text_base (the same of its
+    text encoder), source (where that model came from), versions, license.
     """
 
     kind: Kind
@@ -44,8 +45,14 @@ class Edit:
     metadata: dict
 
     def __post_init__(self):
-        if self.kind not in ("context_map", "weight_delta"):
-            raise ValueError(f"unknown kind of edit {self.kind!r}: expected context_map or weight_delta")
+        if self.kind not in ("context_map", "weight_delta", "text_encoder"):
+            raise ValueError(
+                f"unknown kind of edit {self.kind!r}: expected context_map, weight_delta or text_encoder"
+            )
+        if self.kind == "text_encoder" and (
+            other := [n for n in self.tensors if not n.startswith("text_encoder.")]
+        ):
+            raise ValueError(f"{other[0]} is not in the text encoder: use the kind weight_delta")
         for name, tensor in self.tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(
@@ -61,13 +68,15 @@ class Edit:
 
     @classmethod
     def from_weight_delta(cls, delta: Mapping[str, Tensor], model: DiffusionModel, **metadata) -> "Edit":
-        """`delta`: {"unet.…weight": tensor added to that parameter}. ValueError for an unknown name or
-        shape."""
+        """`delta`: {"unet.…weight": tensor added to that parameter}; of kind "text_encoder" when it changes nothing
+        else. ValueError for an unknown name or shape.
+        """
         for name, tensor in delta.items():
             if (shape := _parameter(model, name).shape) != tensor.shape:
                 raise ValueError(f"{name} has shape {tuple(shape)}, its delta {tuple(tensor.shape)}")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.items()}
-        return cls("weight_delta", tensors, _metadata(model, metadata))
+        in_text = bool(tensors) and all(name.startswith("text_encoder.") for name in tensors)
+        return cls("text_encoder" if in_text else "weight_delta", tensors, _metadata(model, metadata))
 
     @property
     def nbytes(self) -> int:
@@ -235,6 +244,16 @@ class Edit:
         _write(path, tensors, {"format": "pt"})
         return path
 
+    def to_text_encoder(self, folder: str | Path, *, model: DiffusionModel | None = None) -> Path:
+        """Write the edited text encoder as a folder that `CLIPTextModel.from_pretrained` reads, to be put into any
+        pipeline that was made with the unedited one. Base weights as in `to_lora`. ValueError for another kind.
+        """
+        if self.kind != "text_encoder":
+            raise ValueError(f"a {self.kind} edit does not change the text encoder: use merged")
+        edited = self.merged(self._base(model))
+        edited.text_encoder.save_pretrained(folder, safe_serialization=True)
+        return Path(folder)
+
     def to_projections(self, path: str | Path, *, model: DiffusionModel | None = None) -> Path:
         """Write the edited key and value weights themselves, {"….attn2.to_k.weight": (d_out, d)}, one safetensors file.
 
@@ -264,7 +283,13 @@ class Edit:
         return model
 
     def _check_base(self, model: DiffusionModel) -> None:
-        if (found := model.fingerprint()) != self.metadata["base"]:
+        if self.kind == "text_encoder":
+            if (found := model.text_fingerprint()) != self.metadata["text_base"]:
+                raise ValueError(
+                    f"this edit was made for the text encoder {self.metadata['text_base']}, not for {found}: "
+                    "it fits only models with that very text encoder"
+                )
+        elif (found := model.fingerprint()) != self.metadata["base"]:
             raise ValueError(
                 f"this edit was made for the model {self.metadata['base']}, not for {found}: "
                 f"load the right one ({self.metadata.get('source') or 'a pipeline object'}) or fit again"
@@ -307,6 +332,7 @@ def _metadata(model: DiffusionModel, metadata: dict) -> dict:
     whole = {
         **metadata,
         "base": model.fingerprint(),
+        "text_base": model.text_fingerprint(),
         "source": model.source,
         "versions": {name: str(package.__version__) for name, package in packages.items()},
         "license": "that of the base model",

@@ -98,6 +98,43 @@ def text_backbone(text_encoder: nn.Module) -> nn.Module:
     return backbone
 
 
+def unet_parameters(unet: nn.Module, which: str) -> list[str]:
+    """Names of the UNet parameters that a method trains, by the names of ESD's code.
+
+    "x": all of cross-attention; "x-strict": its keys and values; "u": everything but cross-attention, the time
+    embedding and the last convolution; "self": self-attention; "full": everything. ValueError for another name.
+    """
+    outside = ("time_embedding.", "conv_out.")
+    chosen = {
+        "x": lambda name: ".attn2." in name,
+        "x-strict": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+        "u": lambda name: ".attn2." not in name and not name.startswith(outside),
+        "self": lambda name: ".attn1." in name,
+        "full": lambda name: True,
+    }
+    if which not in chosen:
+        raise ValueError(f"parameters must be one of {', '.join(chosen)}, got {which!r}")
+    names = [name for name, _ in unet.named_parameters() if chosen[which](name)]
+    if not names:
+        raise ValueError(f"no parameters {which!r} in {type(unet).__name__}: expected a diffusers UNet")
+    return names
+
+
+def text_parameters(text_encoder: nn.Module, layers: int | None = None) -> list[str]:
+    """Names of the parameters of the first `layers` transformer layers, or of all of them and the final norm (None).
+
+    Token and position embeddings are never among them.
+    """
+    backbone = text_backbone(text_encoder)
+    depth = len(backbone.encoder.layers)
+    if layers is not None and not 1 <= layers <= depth:
+        raise ValueError(f"this text encoder has {depth} layers, cannot train the first {layers}")
+    modules = list(backbone.encoder.layers[: layers or depth])
+    modules += [backbone.final_layer_norm] if layers is None else []
+    wanted = {id(p) for module in modules for p in module.parameters()}
+    return [name for name, p in text_encoder.named_parameters() if id(p) in wanted]
+
+
 _ADDING = threading.Lock()  # a small model draws several batches at once
 
 

@@ -47,6 +47,7 @@ class DiffusionModel:
     preset: str = "sd"
     source: str | None = None
     _fingerprint: str | None = field(default=None, init=False, repr=False)
+    _text_fingerprint: str | None = field(default=None, init=False, repr=False)
     _active: list = field(
         default_factory=list, init=False, repr=False
     )  # (edit, scale) in force, the innermost last
@@ -151,7 +152,7 @@ class DiffusionModel:
         of 256 levels.
 
         negative: what guidance steers away from, the empty prompt by default. callback: see
-        `sampling.denoise`; the dict also has `first`, the index of the first picture of the batch. Raises
+        `sampling.walk`; the dict also has `first`, the index of the first picture of the batch. Raises
         ValueError for an empty or over-long prompt and for lengths that do not match.
         """
         if getattr(self.pipeline, "text_encoder_2", None) is not None:
@@ -212,10 +213,8 @@ class DiffusionModel:
                 with tqdm.get_lock():
                     bar.update()
                 if callback is not None:
-                    cut = {
-                        key: state[key][:count] for key in ("latents", "pred_x0") if state[key] is not None
-                    }
-                    callback({**state, **cut, "first": first})
+                    cut = {k: v[:count] if isinstance(v, Tensor) else v for k, v in state.items()}
+                    callback({**cut, "first": first})
 
             latents = denoise(
                 self.unet,
@@ -266,8 +265,14 @@ class DiffusionModel:
         """
         if self._fingerprint is None:
             self._fingerprint = self._digest("text_encoder", "text_encoder_2", "unet")
+            self._text_fingerprint = self._digest("text_encoder")
         _live[self._fingerprint] = self
         return self._fingerprint
+
+    def text_fingerprint(self) -> str:
+        """The same of the text encoder alone: models that share it can share an edit of it."""
+        self.fingerprint()
+        return self._text_fingerprint
 
     def vae_fingerprint(self) -> str:
         """The same of the VAE, on which pictures depend and edits do not."""

@@ -2,14 +2,14 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 
 @torch.no_grad()
-def denoise(
+def walk(
     unet,
     scheduler,
     text_embeddings: Tensor,
@@ -19,18 +19,19 @@ def denoise(
     steps: int,
     guidance: float,
     size: tuple[int, int],
-    callback: Callable[[dict], None] | None = None,
-) -> Tensor:
-    """Latents (n, channels, *size) drawn from noise.
+    skip: int = 0,
+) -> Iterator[dict]:
+    """The way from noise to n pictures, one dict per step, computed as it is asked for.
 
     text_embeddings, uncond_embeddings: (n, length, d), any device the UNet is on. generators: n CPU
     generators, from which picture i takes all its noise (drawn in float32, then rounded to the UNet's dtype,
     so that a picture starts from the same noise on every device). scheduler: any diffusers scheduler; a copy
     is used. guidance: w in e = e_uncond + w (e_text - e_uncond); at 1 or less the unconditional pass is left
-    out, as in diffusers.
+    out, as in diffusers. skip: steps left out at the noisy end.
 
-    callback gets one dict per step: step (from 0), timestep (int), latents after the step, and pred_x0, the
-    current estimate of the clean latents, or None where the scheduler does not give one.
+    A dict has step (from 0), timestep (int), sample (n, channels, *size) before the step, latents after it, pred_x0,
+    the current estimate of the clean latents, or None where the scheduler does not give one, and what the UNet
+    predicts for `sample`: text, and uncond (None where guidance leaves it out).
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=unet.device)
@@ -42,16 +43,33 @@ def denoise(
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if takes_generator else {}
 
-    for step, t in enumerate(scheduler.timesteps):
-        doubled = torch.cat([latents, latents]) if guided else latents
+    for step, t in enumerate(scheduler.timesteps[skip:]):
+        sample, uncond = latents, None
+        doubled = torch.cat([sample, sample]) if guided else sample
         doubled = scheduler.scale_model_input(doubled, t)
-        prediction = unet(doubled, t, encoder_hidden_states=context, return_dict=False)[0]
+        prediction = text = unet(doubled, t, encoder_hidden_states=context, return_dict=False)[0]
         if guided:
             uncond, text = prediction.chunk(2)
             prediction = uncond + guidance * (text - uncond)
-        result = scheduler.step(prediction, t, latents, **extra)
+        result = scheduler.step(prediction, t, sample, **extra)
         latents = result.prev_sample
+        yield {
+            "step": step,
+            "timestep": int(t),
+            "sample": sample,
+            "latents": latents,
+            "pred_x0": getattr(result, "pred_original_sample", None),
+            "text": text,
+            "uncond": uncond,
+        }
+
+
+def denoise(*args, callback: Callable[[dict], None] | None = None, **settings) -> Tensor:
+    """Latents (n, channels, *size) drawn from noise: the end of a `walk` with the same arguments.
+
+    callback gets the dict of each step.
+    """
+    for state in walk(*args, **settings):
         if callback is not None:
-            pred_x0 = getattr(result, "pred_original_sample", None)
-            callback({"step": step, "timestep": int(t), "latents": latents, "pred_x0": pred_x0})
-    return latents
+            callback(state)
+    return state["latents"]

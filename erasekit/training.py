@@ -66,7 +66,7 @@ def load_checkpoint(path: Path, module, average, optimizer, generator) -> tuple[
 def optimize(
     name: str,
     module: torch.nn.Module,
-    loss: Callable[[torch.Generator], dict[str, torch.Tensor]],
+    loss: Callable[[int, torch.Generator], dict[str, torch.Tensor]],
     *,
     steps: int,
     peak: float,
@@ -76,24 +76,26 @@ def optimize(
     callback: Callable[[dict], None] | None = None,
     decay: float = 0.999,
     weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.99),
+    clip: float = 1.0,
     begin: int = 0,
     save_every: int = SAVE_EVERY,
     log_every: int = 20,
     folder: Path = CHECKPOINTS,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Minimize loss(generator)["loss"] over the steps begin to `steps` and return the averaged weights.
+    """Minimize loss(step, generator)["loss"] over the steps begin to `steps` and return the averaged weights.
 
     Starts from `folder/name.safetensors` when it exists; with the same arguments, an interrupted run ends in the
     weights of an uninterrupted one. A begin above 0 goes on from weights that an earlier run left, with a schedule
     of its own. Every `log_every` steps append the mean of each scalar to `log` (for the same log after an interruption,
     save_every must be a multiple of it); callback gets step and scalars at every one.
-    decay: of the average, 0 for the last weights themselves. A loss that is not finite raises FloatingPointError and
-    leaves the last checkpoint in place.
+    decay: of the average, 0 for the last weights themselves. clip: largest norm of the gradient, inf for no limit. A
+    loss that is not finite raises FloatingPointError and leaves the last checkpoint in place.
     """
     path = folder / (f"{name}-from-{begin}.safetensors" if begin else f"{name}.safetensors")
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=betas, weight_decay=weight_decay)
     average = {k: v.detach().clone().float() for k, v in module.named_parameters() if v.requires_grad}
     start, spent = begin, 0.0
     if path.exists():
@@ -108,7 +110,7 @@ def optimize(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = schedule(step - begin, steps - begin, peak)
-        terms = loss(generator)
+        terms = loss(step, generator)
         if not torch.isfinite(terms["loss"]):
             raise FloatingPointError(
                 f"{name}: loss is {terms['loss'].item()} at step {step}; "
@@ -116,7 +118,7 @@ def optimize(
             )
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         rate = min(decay, (step - begin + 1) / (step - begin + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - rate)

@@ -243,7 +243,7 @@ def test_layout_keeps_every_token_and_refuses_what_does_not_fit(shared_model):
 def test_gradients_reach_the_free_rows_alone(shared_model):
     ids, free = common.layout(shared_model.tokenizer, [[None, *content_ids(shared_model.tokenizer, "a dog")]])
     rows = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    common.embed(shared_model, ids, free, rows)[0, 3, 0].backward()
+    common.embed(shared_model.text_encoder, ids, free, rows)[0, 3, 0].backward()
     assert rows.grad.abs().sum() > 0
     assert all(p.grad is None for p in shared_model.unet.parameters())
     shared_model.text_encoder.zero_grad(set_to_none=True)

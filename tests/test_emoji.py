@@ -133,7 +133,7 @@ def tiny_run(folder, steps, stop_at=None, nan_at=None, begin=0):
     module, generator = torch.nn.Linear(3, 1), torch.Generator().manual_seed(1)
     calls = []
 
-    def loss(generator):
+    def loss(step, generator):
         calls.append(1)
         if len(calls) == stop_at:
             raise KeyboardInterrupt

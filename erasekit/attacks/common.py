@@ -369,16 +369,16 @@ def layout(tokenizer, contents: Sequence[Sequence[int | None]]) -> tuple[Tensor,
     return torch.tensor([[0 if one is None else one for one in row] for row in ids]), free
 
 
-def embed(model: DiffusionModel, ids: Tensor, free: Tensor, rows: Tensor) -> Tensor:
+def embed(text_encoder: torch.nn.Module, ids: Tensor, free: Tensor, rows: Tensor) -> Tensor:
     """Text embeddings (n, length, d) of ids whose free tokens have the embeddings `rows` (number of free, d), in order.
 
-    Gradients reach `rows` alone.
+    Gradients reach `rows` and the encoder's layers, never its embedding table.
     """
-    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach()
+    table = text_backbone(text_encoder).embeddings.token_embedding.weight.detach()
     ids, free = ids.to(table.device), free.to(table.device)
     fixed = table[ids].float()
     filled = fixed.masked_scatter(free.unsqueeze(-1), rows.float())
-    return encode_rows(model.text_encoder, ids, filled).to(model.dtype)
+    return encode_rows(text_encoder, ids, filled)
 
 
 def vocabulary(tokenizer, stable: bool = True, blocked: Sequence[str] = ()) -> Tensor:

@@ -80,7 +80,7 @@ def run(
     # the weights as they are, with the edits in force
     tuned = DiffusionModel(copied(model.pipeline), model.preset)
 
-    def loss(generator: torch.Generator) -> dict:
+    def loss(step: int, generator: torch.Generator) -> dict:
         picked = torch.randint(len(clean), (config.batch,), generator=generator)
         t = torch.randint(1000, (config.batch,), generator=generator).to(model.device)
         noise = torch.randn((config.batch, *clean.shape[1:]), generator=generator).to(

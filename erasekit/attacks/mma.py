@@ -104,7 +104,9 @@ def search(
     def loss_of(one_hot: Tensor) -> Tensor:
         """Loss (n,) of one-hot rows (n, k, v)."""
         n = len(one_hot)
-        text = common.embed(model, ids.expand(n, -1), free.expand(n, -1), (one_hot @ table).flatten(0, 1))
+        text = common.embed(
+            model.text_encoder, ids.expand(n, -1), free.expand(n, -1), (one_hot @ table).flatten(0, 1)
+        )
         return 1 - F.cosine_similarity(_end_row(model, text, end.expand(n)), wanted)
 
     hot = lambda rows: F.one_hot(rows, len(allowed)).float().to(table.device)
@@ -123,7 +125,7 @@ def search(
         with torch.no_grad():
             # rows of the table, not products with it: candidates are many
             text = common.embed(
-                model,
+                model.text_encoder,
                 ids.expand(len(tried), -1),
                 free.expand(len(tried), -1),
                 table[tried.flatten().to(table.device)],

@@ -174,7 +174,7 @@ def run(
         noisy = model.scheduler.add_noise(clean[rows], noise, t)
         with torch.no_grad():
             wanted = original.unet(noisy, t, encoder_hidden_states=wanted_text[rows], return_dict=False)[0]
-        text = common.embed(model, ids[rows], free[rows], torch.cat(leaves))
+        text = common.embed(model.text_encoder, ids[rows], free[rows], torch.cat(leaves))
         predicted = model.unet(noisy, t, encoder_hidden_states=text, return_dict=False)[0]
         loss = (predicted.float() - wanted.float()).square().flatten(1).mean(1)
         for parameter in optimizer.param_groups[0]["params"]:

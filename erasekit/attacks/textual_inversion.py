@@ -87,13 +87,13 @@ def run(
     word.rows = torch.nn.Parameter(table.mean(0).repeat(config.tokens, 1))
     own = setting.generators()[0]
 
-    def loss(generator: torch.Generator) -> dict:
+    def loss(step: int, generator: torch.Generator) -> dict:
         picked = torch.randint(len(clean), (config.batch,), generator=generator)
         t = torch.randint(1000, (config.batch,), generator=generator).to(model.device)
         noise = torch.randn((config.batch, *clean.shape[1:]), generator=generator).to(
             clean.device, clean.dtype
         )
-        text = common.embed(model, ids[picked], free[picked], word.rows.repeat(config.batch, 1))
+        text = common.embed(model.text_encoder, ids[picked], free[picked], word.rows.repeat(config.batch, 1))
         return {"loss": common.noise_error(model, clean[picked.to(clean.device)], noise, t, text).mean()}
 
     with common.frozen(model.unet, model.text_encoder):
@@ -107,7 +107,7 @@ def run(
     @torch.no_grad()
     def look(piece: list[int]) -> list[dict]:
         at, open_ = common.layout(tokenizer, [wanted[i] for i in piece])
-        text = common.embed(model, at, open_, rows.repeat(len(piece), 1))
+        text = common.embed(model.text_encoder, at, open_, rows.repeat(len(piece), 1))
         pictures = setting.draw(text, [shots[i].seed for i in piece])
         seen = common.reached(setting.goal, pictures, [shots[i].prompt.text for i in piece])
         return [{"reached": one, "looks": 1, "trace": [{"look": 1, "reached": one}]} for one in seen]

@@ -177,7 +177,7 @@ def run(
             picked = torch.multinomial(u[i].cpu(), 1, generator=own[i])[:, 0]
             hard.append(picked.to(table.device))
         delta = torch.cat([straight_through(x, h) @ table for x, h in zip(leaves, hard, strict=True)])
-        text = common.embed(model, ids[rows], free[rows], delta)
+        text = common.embed(model.text_encoder, ids[rows], free[rows], delta)
         noise = common.standard_normal(clean[rows], [own[i] for i in rows])
         times = torch.full((len(rows),), t, device=model.device)
         loss = common.noise_error(model, clean[rows], noise, times, text)

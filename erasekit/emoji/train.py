@@ -76,7 +76,7 @@ def train_vae(steps: int = 1960, size: int = 32) -> None:
     vae = new_vae().to(memory_format=torch.channels_last).train()
     sprites, generator = load_sprites(), torch.Generator().manual_seed(1)
 
-    def loss(generator):
+    def loss(step, generator):
         x, *_ = batch(sprites, size, generator, WIDE)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -133,7 +133,7 @@ def train_decoder(steps: int = 2000, begin: int = 0, size: int = 32, noise: floa
     )
     sprites, generator = load_sprites(), torch.Generator().manual_seed(1 + begin)
 
-    def loss(generator):
+    def loss(step, generator):
         x, style, *_ = batch(sprites, size, generator, WIDE)
         with torch.no_grad():
             latents = vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist.mean
@@ -244,7 +244,7 @@ def train_clip(steps: int = 1000, pictures: int = 96, words_: int = 144, glosses
         padded = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in ids])
         return clip.text_model(padded).pooler_output
 
-    def loss(generator):
+    def loss(step, generator):
         x, style, concept, background = batch(sprites, pictures, generator, WIDE)
         named = torch.where(torch.rand(pictures, generator=generator) < 0.2, 0, style + 1)
         slot = torch.randint(table.shape[-1], (pictures,), generator=generator)
@@ -298,7 +298,7 @@ def train_vision(steps: int = 700, begin: int = 0, size: int = 96) -> None:
         for axis in torch.meshgrid(torch.arange(len(table)), torch.arange(table.shape[1]), indexing="ij")
     )
 
-    def loss(generator):
+    def loss(step, generator):
         style = torch.randint(len(sprites), (size,), generator=generator)
         style[: size // 3] = ink
         concept = torch.randint(sprites.shape[1], (size,), generator=generator)
@@ -419,7 +419,7 @@ def train_unet(steps: int = 5000, begin: int = 0, size: int = 48, copies: int = 
     cap = LATER_SNR_CAP if begin else SNR_CAP
     shares = torch.tensor(LATER_SHARES if begin else (1.0,) * len(latents))
 
-    def loss(generator):
+    def loss(step, generator):
         uniform = lambda *shape: torch.rand(*shape, generator=generator)
         style = torch.multinomial(shares, size, replacement=True, generator=generator)
         concept, copy = (torch.randint(n, (size,), generator=generator) for n in latents.shape[1:3])
@@ -498,7 +498,7 @@ def train_judge(steps: int = 1000, begin: int = 0, size: int = 64) -> None:
     judge.float().to(memory_format=torch.channels_last)
     sprites, generator = load_sprites(), torch.Generator().manual_seed(4 + begin)
 
-    def loss(generator):
+    def loss(step, generator):
         x, style, concept, _ = batch(sprites, size, generator, JUDGE_PLACEMENT)
         objects, styles = judge(degrade(x, generator))
         about_object = F.cross_entropy(objects, concept, label_smoothing=0.05)

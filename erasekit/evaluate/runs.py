@@ -340,22 +340,27 @@ def compare(runs: Mapping[str, Run], progress: bool = False) -> pd.DataFrame:
                 difference = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{star}"
             columns[f"{name} - {first_name}"].append(difference)
     for feature in first.protocol.features if others else ():
-        rows = {
-            name: FEATURES[feature]([picture for _, picture in run.pictures()])
-            for name, run in tqdm(runs.items(), desc=feature, disable=not progress)
+        found = {
+            name: distances(first, run, feature)
+            for name, run in tqdm(others, desc=feature, disable=not progress)
         }
-        for label, distance in (
-            ("Frechet", metrics.frechet_distance),
-            ("KID", metrics.kid),
-            ("CMMD", metrics.cmmd),
-        ):
+        for label in DISTANCES:
             columns["measure"].append(f"{label}, {feature}")
             columns["protocol"].append(first.protocol.short)
             columns[first_name].append("reference")
             for name, _ in others:
-                columns[name].append(f"{distance(rows[first_name], rows[name]):.4f}, n = {len(rows[name])}")
+                columns[name].append(f"{found[name][label]:.4f}, n = {found[name]['n']}")
                 columns[f"{name} - {first_name}"].append("")
     return pd.DataFrame(columns)
+
+
+DISTANCES = {"Frechet": metrics.frechet_distance, "KID": metrics.kid, "CMMD": metrics.cmmd}
+
+
+def distances(first: Run, other: Run, feature: str) -> dict[str, float]:
+    """Frechet distance, KID and CMMD of the named features of two runs' pictures, and how many pictures (n)."""
+    a, b = (FEATURES[feature]([picture for _, picture in run.pictures()]) for run in (first, other))
+    return {name: round(float(of(a, b)), 5) for name, of in DISTANCES.items()} | {"n": len(b)}
 
 
 def machine() -> dict[str, str | int]:

@@ -11,7 +11,7 @@ from erasekit.edits import Edit
 from erasekit.emoji import data, judge
 from erasekit.evaluate import runs
 from erasekit.evaluate.metrics import rate, separated, text
-from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.evaluate.protocols import Measure, Prompt, Protocol, utility
 from erasekit.evaluate.runs import machine
 from erasekit.models import DiffusionModel
 
@@ -147,7 +147,8 @@ def whole_world(erased: Sequence[str], target_pictures: int = 50) -> list[Prompt
 def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, progress: bool = False) -> dict:
     """`erasure` of an edit of the emoji model over the whole world.
 
-    The prompts are those of `whole_world`. Rates before the edit are drawn once and reused.
+    The prompts are those of `whole_world`; the same pictures then give `protocols.utility`. What the model draws before
+    the edit is drawn once and reused.
     """
     named = model.concepts(edit.metadata["concepts"]["erase"])
     erased = [concept.name for concept in named]
@@ -157,6 +158,14 @@ def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, pro
     with edit.applied(model):
         after = draw()
     result = erasure(before, after, erased)
+    asked = utility(erased)
+    others = [runs.run(model, one, asked, progress=progress) for one in (None, edit)]
+    result["utility"] = {
+        "protocol": asked.short,
+        "before": others[0].measured(),
+        "after": others[1].measured(),
+        **{feature: runs.distances(*others, feature) for feature in asked.features},
+    }
     target = [result[when]["target"] for when in ("before", "after")]
     return {
         "protocol": protocol(prompts).short,

@@ -1,7 +1,7 @@
 """One paper, one file. A method is a module with `Config`, `PRESETS` and `fit`."""
 
-from erasekit.methods import rece, uce
+from erasekit.methods import advunlearn, esd, rece, uce
 
-METHODS = {"uce": uce, "rece": rece}
+METHODS = {"uce": uce, "esd": esd, "rece": rece, "advunlearn": advunlearn}
 
-__all__ = ["METHODS", "rece", "uce"]
+__all__ = ["METHODS", "advunlearn", "esd", "rece", "uce"]

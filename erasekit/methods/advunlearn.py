@@ -1,0 +1,390 @@
+"""AdvUnlearn: adversarial training of the text encoder (Zhang et al., NeurIPS 2024, arXiv 2405.15234).
+
+Two problems in turn, the lower one anew at every update (eqs. 5, 6):
+
+    lower  delta = argmin  E ||eps_theta(x_t, delta + c_e) - eps_o(x_t, c_e)||^2                 the attacker
+    upper  theta = argmin  ||eps_theta(x_t, delta + c_e) - y(x_t)||^2                            ESD's loss
+                           + gamma E ||eps_theta(x~_t, c~) - eps_o(x~_t, c~)||^2                 what is retained
+
+The attacker wants the concept back; it owns k token embeddings beside those of the prompt and takes K steps. The
+defender sends the attacked prompt where ESD sends the plain one, y(x_t) = eps_o(x_t, 0) - eta (eps_o(x_t, c_e) -
+eps_o(x_t, 0)). Each has its own loss: this is no min-max of one. delta is a constant for the defender.
+
+Notation (code -> paper):
+
+    attack_steps   -> K
+    alpha          -> alpha, step of the attack
+    k              -> tokens of the attack
+    lr, iterations -> beta, I, of the defender
+    gamma          -> gamma
+    retain         -> C_retain
+
+Defaults are the paper's and, where it is silent, those of the authors' commands [code]. With the text encoder in
+training x_t, eps_o and y do not depend on it: states="cached" computes them once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from erasekit.attacks.common import check, embed, layout
+from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, token_ids
+from erasekit.edits import Edit
+from erasekit.layers import text_backbone, text_parameters, unet_parameters
+from erasekit.methods import esd
+from erasekit.methods.esd import Source, State, States
+from erasekit.models import DiffusionModel
+
+Placement = Literal["prefix", "suffix", "replace", "add"]
+Rule = Literal["adam", "gd", "sign"]
+Start = Literal["random", "latest"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of AdvUnlearn; symbols in the module docstring.
+
+    part: what is trained, "text" or one of ESD's sets of UNet parameters ("x", "u", ...). layers: the first so many of
+    the text encoder; None for all and the final norm. iterations, lr, batch: of Adam; each row has a prompt, states and
+    an attacker of its own. warmup: first iterations, on the plain prompt [code]. placement: where the k tokens stand,
+    before the prompt ("prefix"), behind it ("suffix"), in its place ("replace"), or as sums with its tokens ("add",
+    whatever k). attack_steps: K; 0 trains on the plain prompt. rule: "adam" [code], "gd" (gradient descent, as the
+    paper says), "sign" (fast AT, eq. 7). start: "random", embeddings of random tokens, or "latest", where the prompt's
+    last attack ended. templates: as in ESD. retain_batch: rows of the retain term. retain_templates: prompts of the
+    retained concepts, taken in turn. retain_similarity: drop retained names whose sentence row is at least this similar
+    (cosine) to an erased one's, 1 drops none. retain_null: retain the empty prompt too, on which guidance leans (ours).
+    eta, guidance, sampler, states, noises: as in ESD. faithful: the slips of the authors' code: words counted for
+    tokens, gradients of the attack added up, its last step lost, layers chosen by the beginning of their names, ESD's
+    lag.
+    """
+
+    part: str = "text"
+    layers: int | None = None
+    eta: float = 1.0
+    gamma: float = 0.5
+    iterations: int = 1000
+    lr: float = 1e-5
+    batch: int = 1
+    warmup: int = 200
+    placement: Placement = "prefix"
+    k: int = 1
+    attack_steps: int = 30
+    alpha: float = 1e-3
+    rule: Rule = "adam"
+    start: Start = "random"
+    templates: tuple[str, ...] = ("{}",)
+    retain_batch: int = 5
+    retain_templates: tuple[str, ...] = ("a photo of {}",)
+    retain_similarity: float = 1.0
+    retain_null: bool = False
+    guidance: float = 3.0
+    sampler: int = 50
+    states: Source = "frozen"
+    noises: int | None = None
+    faithful: bool = False
+
+    def __post_init__(self):
+        least = {"iterations": 1, "batch": 1, "k": 1, "retain_batch": 1, "sampler": 1}
+        check(self, gamma=0, lr=0, warmup=0, attack_steps=0, alpha=0, guidance=0, **least)
+        for name, choices in (("placement", Placement), ("rule", Rule), ("start", Start)):
+            if getattr(self, name) not in get_args(choices):
+                given = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {given!r}")
+        if self.part == "text" and self.states == "trained":
+            raise ValueError('x_t does not depend on the text encoder: use states="frozen" or "cached"')
+        if self.part != "text" and self.layers is not None:
+            raise ValueError(f"layers are the text encoder's, and part is {self.part!r}")
+        check_templates(self.templates)
+        check_templates(self.retain_templates)
+        esd.check_sources(self)
+
+
+PRESETS = {
+    # ours, for the captions of the emoji world
+    "emoji": Config(
+        iterations=300, lr=1e-4, batch=4, warmup=50, attack_steps=10, alpha=1e-2, retain_batch=16,
+        templates=esd.EMOJI_TEMPLATES, retain_templates=esd.EMOJI_TEMPLATES, retain_null=True, sampler=25,
+        states="cached", noises=4,
+    ),
+    # the paper, and the commands of its code
+    "sd14-nudity": Config(gamma=0.3),
+    "sd14-artist": Config(),
+    "sd14-object": Config(),
+    # eq. 7; the code's own fast variant keeps the untouched random token when K = 1
+    "sd14-nudity-fast": Config(gamma=0.3, attack_steps=1, rule="sign"),
+}  # fmt: skip
+
+# Names of COCO's 80 categories, of which the paper makes its retain set
+COCO = (
+    "person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;fire hydrant;stop sign;parking meter;"
+    "bench;bird;cat;dog;horse;sheep;cow;elephant;bear;zebra;giraffe;backpack;umbrella;handbag;tie;suitcase;frisbee;"
+    "skis;snowboard;sports ball;kite;baseball bat;baseball glove;skateboard;surfboard;tennis racket;bottle;wine glass;"
+    "cup;fork;knife;spoon;bowl;banana;apple;sandwich;orange;broccoli;carrot;hot dog;pizza;donut;cake;chair;couch;"
+    "potted plant;bed;dining table;toilet;tv;laptop;mouse;remote;keyboard;cell phone;microwave;oven;toaster;sink;"
+    "refrigerator;book;clock;vase;scissors;teddy bear;hair drier;toothbrush"
+).split(";")
+
+
+# What is retained
+
+
+def retained(
+    model: DiffusionModel, erased: Sequence[Concept], preserve: Sequence[Concept], config: Config
+) -> tuple[list[str], list[str]]:
+    """Names and prompts of the retain set: `preserve`, or all concepts of the emoji world, or COCO's categories.
+
+    A name that shares a word with an erased one or its synonyms is left out, and one that is too similar to it
+    (retain_similarity); so is a prompt with such a word. The paper lets a language model do this by hand.
+    """
+    kept = list(preserve)
+    if not kept and model.preset == "emoji":
+        from erasekit.emoji import data
+
+        kept = [Concept(one.name) for one in data.concepts()]
+    kept = kept or [Concept(name) for name in COCO]
+    words = {
+        word for one in erased for phrase in (one.name, *one.synonyms) for word in phrase.lower().split()
+    }
+    clean = lambda text: not words & set(text.lower().split())
+    kept = [one for one in kept if clean(one.name)]
+    if config.retain_similarity < 1 and kept:
+        rows = F.normalize(_sentence(model, [one.name for one in (*kept, *erased)]), dim=1)
+        near = (rows[: len(kept)] @ rows[len(kept) :].T).amax(1)
+        kept = [one for one, s in zip(kept, near.tolist(), strict=True) if s < config.retain_similarity]
+    templates = [t for t in config.retain_templates if clean(t.replace("{}", ""))]
+    if not kept or not templates:
+        raise ValueError("nothing is left to retain: preserve other concepts, or raise retain_similarity")
+    prompts = [
+        fill(template, one.name)[0]
+        for i, one in enumerate(kept)
+        for template in (one.templates or [templates[i % len(templates)]])
+    ]
+    return [one.name for one in kept], [p for p in prompts if clean(p)] + [""] * config.retain_null
+
+
+def _sentence(model: DiffusionModel, phrases: list[str]) -> Tensor:
+    """The rows of the first end tokens, (n, d)."""
+    ends = eot_position(model.tokenizer, token_ids(model.tokenizer, phrases))
+    return model.encode(phrases)[torch.arange(len(phrases)), ends].float()
+
+
+def turn(step: int, count: int, batch: int, seed: int) -> Tensor:
+    """The rows (batch,) that are due at a step: without repeats until fewer than `batch` are left, in an order that
+    seed and pass decide.
+    """
+    batches = max(1, count // batch)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + step // batches))
+    start = (step % batches) * batch
+    return order.repeat(-(-batch // count))[start : start + batch]
+
+
+# The attacker
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Prompts with places for the attack: token ids (n, length), which of them are free, the embeddings (n, slots, d)
+    to which delta is added there, and which slots of each prompt exist (n, slots).
+    """
+
+    ids: Tensor
+    free: Tensor
+    base: Tensor
+    exists: Tensor
+
+    def text(self, encoder: nn.Module, delta: Tensor) -> Tensor:
+        """Text embeddings (n, length, d) under the attack delta (n, slots, d)."""
+        return embed(encoder, self.ids, self.free, (self.base + delta)[self.exists])
+
+    def rows(self, at: Tensor) -> "Slots":
+        """Of these prompts alone."""
+        return Slots(self.ids[at], self.free[at], self.base[at], self.exists[at])
+
+
+def slots(model: DiffusionModel, prompts: Sequence[str], config: Config) -> Slots:
+    """Places of the attack in each prompt. ValueError when a prompt is too long for it."""
+    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
+    contents = [content_ids(model.tokenizer, prompt) for prompt in prompts]
+    if config.faithful:
+        contents = [ids[: len(prompt.split())] for ids, prompt in zip(contents, prompts, strict=True)]
+    open_ = [None] * config.k
+    end = model.tokenizer.eos_token_id
+    placed = {
+        "prefix": lambda ids: [*open_, *ids],
+        "suffix": lambda ids: [*ids, *open_],
+        "replace": lambda ids: [*open_, *[end] * len(ids)],
+        "add": lambda ids: [None] * len(ids),
+    }[config.placement]
+    ids, free = layout(model.tokenizer, [placed(one) for one in contents])
+    counts = free.sum(1)
+    exists = torch.arange(int(counts.max()))[None] < counts[:, None]
+    base = torch.zeros(*exists.shape, table.shape[1])
+    if config.placement == "add":
+        base[exists] = table[torch.tensor([i for one in contents for i in one]).to(table.device)].cpu()
+    device = table.device
+    return Slots(ids.to(device), free.to(device), base.to(device), exists.to(device))
+
+
+def attack_loss(encoder, unet, where: Slots, delta: Tensor, state: State) -> Tensor:
+    """||eps_theta(x_t, delta + c_e) - eps_o(x_t, c_e)||^2, the mean over a latent, of each row (n,)."""
+    text = where.text(encoder, delta)
+    predicted = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
+    return (predicted.float() - state.text.float()).square().flatten(1).mean(1)
+
+
+def adversary(
+    encoder: nn.Module,
+    unet: nn.Module,
+    where: Slots,
+    start: Tensor,
+    states: Sequence[State],
+    config: Config,
+    callback: Callable[[dict], None] | None = None,
+) -> Tensor:
+    """The attack (n, slots, d) after one step from `start` on each of the states, float32. No weight gets a gradient.
+
+    callback: step and loss, the mean over the rows before the step.
+    """
+    delta = start.detach().float().clone().requires_grad_(True)
+    used = delta.detach().clone()
+    adaptive = config.rule == "adam" or config.faithful
+    optimizer = torch.optim.Adam([delta], lr=config.alpha) if adaptive else None
+    for step, state in enumerate(states):
+        used = delta.detach().clone()
+        losses = attack_loss(encoder, unet, where, delta, state)
+        (gradient,) = torch.autograd.grad(losses.sum(), delta)
+        if config.faithful:
+            if delta.grad is not None:
+                gradient = gradient + delta.grad  # the code never clears it, and signs the sum in place
+            gradient = gradient.sign() if config.rule == "sign" else gradient
+        delta.grad = gradient
+        with torch.no_grad():
+            if optimizer is not None:
+                optimizer.step()
+            else:
+                delta -= config.alpha * (gradient.sign() if config.rule == "sign" else gradient)
+        if callback is not None:
+            callback({"step": step, "loss": float(losses.detach().mean())})
+    return used if config.faithful else delta.detach()
+
+
+# Adversarial training
+
+
+def fit(
+    model: DiffusionModel,
+    erase: str | Concept | Sequence[str | Concept],
+    preserve: str | Concept | Sequence[str | Concept] = (),
+    *,
+    anchor: str | Concept | None = None,
+    config: Config | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[dict], None] | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Edit:
+    """Erase concepts by adversarial training; returns a text_encoder Edit (weight_delta for part="x" and the like).
+
+    preserve: the retain set; when empty, all other concepts of the emoji world, or COCO's categories. anchor: not used,
+    y leads away from the concept and to nothing. callback: at every iteration step, loss, erase (ESD's loss on the
+    attacked prompt), retain, and attack, the attacker's loss on the same state. The rest as in `esd.fit`.
+    """
+    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
+    erased = model.concepts(erase)
+    if not erased:
+        raise ValueError("there is nothing to erase: name at least one concept")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    prompts = esd.erase_prompts(erased, config.templates)
+    names, kept = [], []
+    if config.gamma:
+        names, kept = retained(model, erased, model.concepts(preserve), config)
+
+    encoder, unet, in_text = model.text_encoder, model.unet, config.part == "text"
+    if in_text:
+        encoder = part = esd.trainee(encoder, trained_names(encoder, config))
+    else:
+        unet = part = esd.trainee(unet, unet_parameters(unet, config.part))
+    module = nn.Module()
+    module.part = part
+    seed, order = (int(torch.randint(2**31, (), generator=generator)) for _ in range(2))
+    how = (config.guidance, config.sampler, config.states, config.noises, config.faithful)
+    walker = unet if config.states == "trained" else None
+    states = States(model, prompts, seed, *how, walker=walker)
+    retain = States(model, kept, seed + 1, *how) if kept else None
+    where, plain = slots(model, prompts, config), token_ids(model.tokenizer, prompts).to(model.device)
+    kept_ids = token_ids(model.tokenizer, kept).to(model.device) if kept else None
+    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
+    # in the checkpoint, so that start="latest" goes on after an interruption
+    module.register_buffer("latest", torch.zeros_like(where.base))
+    module.register_buffer("begun", torch.zeros(len(prompts), dtype=torch.bool, device=model.device))
+
+    def started(prompt: Tensor, generator: torch.Generator) -> Tensor:
+        special = [] if config.faithful else model.tokenizer.all_special_ids
+        allowed = torch.tensor([i for i in range(len(table)) if i not in set(special)])
+        drawn = torch.randint(len(allowed), (len(prompt), where.base.shape[1]), generator=generator)
+        fresh, at = table[allowed[drawn].to(table.device)], prompt.to(model.device)
+        if config.start == "random":
+            return fresh
+        return torch.where(module.begun[at][:, None, None], module.latest[at], fresh)
+
+    def attacked(prompt: Tensor, generator: torch.Generator) -> Tensor:
+        """Text embeddings of the prompts under attack."""
+        at = prompt.to(model.device)
+        own, begin = where.rows(at), started(prompt, generator)
+        points = [states.at(states.pick(prompt, generator)) for _ in range(config.attack_steps)]
+        delta = adversary(encoder, unet, own, begin, points, config)
+        module.latest[at], module.begun[at] = delta, True
+        return own.text(encoder, delta)
+
+    def loss(step: int, generator: torch.Generator) -> dict:
+        prompt = torch.randint(len(prompts), (config.batch,), generator=generator)
+        if config.attack_steps and step >= config.warmup:
+            text = attacked(prompt, generator)
+        else:
+            text = encoder(plain[prompt.to(model.device)])[0]
+        state = states.at(states.pick(prompt, generator))
+        wanted = state.target(config.eta)
+        if retain is not None:
+            due = turn(step, len(kept), config.retain_batch, order)
+            other = retain.at(retain.pick(due, generator))
+            state, wanted = state + other, torch.cat([wanted, other.text])
+            text = torch.cat([text, encoder(kept_ids[due.to(model.device)])[0]])
+        predicted = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
+        error = lambda a, b: (a.float() - b.float()).square().mean()
+        n = config.batch
+        terms = {"erase": error(predicted[:n], wanted[:n]), "retain": error(predicted[n:], wanted[n:])}
+        if retain is None:
+            terms["retain"] = torch.zeros(())
+        terms["attack"] = error(predicted[:n].detach(), state.text[:n])
+        return {"loss": terms["erase"] + config.gamma * terms["retain"], **terms}
+
+    esd.descend(
+        "advunlearn",
+        model,
+        module,
+        loss,
+        config,
+        [*prompts, "", *kept],
+        generator,
+        callback,
+        folder,
+        progress,
+    )
+    concepts = {"erase": [one.name for one in erased], "anchor": [], "preserve": names}
+    original, name = (model.text_encoder, "text_encoder") if in_text else (model.unet, "unet")
+    change = esd.delta(part, original, name)
+    return Edit.from_weight_delta(change, model, method="advunlearn", config=config, concepts=concepts)
+
+
+def trained_names(encoder: nn.Module, config: Config) -> list[str]:
+    """Parameters of the text encoder that are trained."""
+    if not (config.faithful and config.layers):
+        return text_parameters(encoder, config.layers)
+    # layers.1 is also the beginning of layers.10 and layers.11
+    chosen = tuple(f"encoder.layers.{i}" for i in range(config.layers))
+    return [name for name in text_parameters(encoder) if name.removeprefix("text_model.").startswith(chosen)]

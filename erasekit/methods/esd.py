@@ -1,0 +1,365 @@
+"""ESD: Erased Stable Diffusion (Gandikota et al., ICCV 2023, arXiv 2303.07345).
+
+The UNet is trained to predict for the concept what the frozen model predicts when it is guided away from it:
+
+    y(x_t) = eps*(x_t, 0) - eta ( eps*(x_t, c) - eps*(x_t, 0) )
+    min_theta  E ||eps_theta(x_t, c) - y(x_t)||^2
+
+with x_t a partly denoised picture of the concept.
+
+Notation (code -> paper or code of the authors):
+
+    eta         -> eta, negative guidance
+    guidance    -> guidance while x_t is drawn (start_guidance in the code)
+    parameters  -> train_method: "x" is ESD-x, "u" is ESD-u
+    sampler     -> ddim_steps, steps of the sampler that draws x_t
+
+`States` draws x_t. It is what ESD and AdvUnlearn have in common, and nearly all of what they cost: one x_t takes up to
+2 x `sampler` passes, one update of the loss about four. Drawn from the frozen model x_t can be kept, and what the
+frozen model predicts there comes for free, since guidance needed it.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from erasekit.attacks.common import check, frozen
+from erasekit.concepts import Concept, check_templates, fill
+from erasekit.edits import Edit
+from erasekit.layers import text_projected_once, unet_parameters
+from erasekit.models import DiffusionModel
+from erasekit.paths import BUILD
+from erasekit.sampling import walk
+from erasekit.training import constant, optimize
+
+Source = Literal["trained", "frozen", "cached"]
+FOLDER = BUILD / "training"
+SAVE_EVERY = 50  # iterations
+
+
+def check_sources(config) -> None:
+    """ValueError for settings of `States` that do not go together."""
+    if config.states not in get_args(Source):
+        raise ValueError(f"states must be one of {', '.join(get_args(Source))}, got {config.states!r}")
+    if config.noises is not None:
+        check(config, noises=1)
+    if config.states == "cached" and config.noises is None:
+        raise ValueError('states="cached" keeps `noises` trajectories of each prompt: say how many')
+    if config.states == "cached" and config.guidance <= 1:
+        raise ValueError('states="cached" keeps the predictions of guidance, which needs guidance above 1')
+    if config.states == "cached" and config.faithful:
+        raise ValueError('the lag of faithful=True is not in the cache: use states="frozen"')
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of ESD; symbols in the module docstring.
+
+    parameters: which of the UNet's are trained: "x" (cross-attention), "u" (all but cross-attention, time embedding and
+    output), "x-strict" (its keys and values), "self" (self-attention), "full". iterations, lr, batch: of Adam.
+    templates: prompts with one {} for the concept; each row of a batch draws one. states: where x_t comes from.
+    "trained": anew at every update, by the model in training [code, 2023]; "frozen": anew, by the frozen model [code,
+    2025]; "cached": by the frozen model, each trajectory computed once and all its points used again (ours). noises:
+    noise seeds for each prompt, all that "cached" keeps; None for a new one at every update. faithful: the noise level
+    of the code of 2023, where x_t is two sampler steps cleaner than the time step that the UNet is told.
+    """
+
+    eta: float = 1.0
+    guidance: float = 3.0
+    parameters: str = "x"
+    iterations: int = 1000
+    lr: float = 1e-5
+    batch: int = 1
+    sampler: int = 50
+    templates: tuple[str, ...] = ("{}",)
+    states: Source = "trained"
+    noises: int | None = None
+    faithful: bool = False
+
+    def __post_init__(self):
+        check(self, guidance=0, iterations=1, lr=0, batch=1, sampler=1)
+        check_sources(self)
+        check_templates(self.templates)
+
+
+EMOJI_TEMPLATES = (
+    "{}",
+    "a {}",
+    "a {} in noto style",
+    "a {} in twemoji style",
+    "a {} in flat style",
+    "a {} in ink style",
+    "a {} in glossy style",
+)
+
+PRESETS = {
+    # ours, for the captions of the emoji world
+    "emoji": Config(
+        iterations=300, lr=1e-4, batch=8, sampler=25, templates=EMOJI_TEMPLATES, states="cached", noises=4
+    ),
+    # settings of the authors' first code, 2023
+    "sd14-artist": Config(parameters="x"),
+    "sd14-object": Config(parameters="u"),
+    "sd14-nudity": Config(parameters="u"),
+    # of the rewrite of 2025, whose target starts from the concept: its eta = 2 is eta = 1 here
+    "sd14-2025": Config(parameters="x", lr=5e-5, iterations=200, states="frozen"),
+}
+
+
+# x_t
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Noisy latents and what the frozen model predicts there: sample, text and uncond (n, channels, height, width),
+    timestep (n,).
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    text: Tensor
+    uncond: Tensor
+
+    def target(self, eta: float) -> Tensor:
+        """y(x_t), which leads away from the prompt."""
+        return self.uncond - eta * (self.text - self.uncond)
+
+    def __add__(self, other: "State") -> "State":
+        """The rows of both."""
+        names = ("sample", "timestep", "text", "uncond")
+        return State(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in names))
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Which states: for each row a prompt, a noise seed, a node of the sampler (0 the cleanest) and, for the faithful
+    lag, a time step within the node's stretch of them.
+    """
+
+    prompt: Tensor
+    noise: Tensor
+    node: Tensor
+    offset: Tensor
+
+
+@dataclass(eq=False)
+class States:
+    """Points on the ways from noise to pictures of `prompts`; `pick` some, and get them by `at`.
+
+    model: the frozen one. walker: the UNet that draws, the model's own if None. seed: of the noise. Prompts may be
+    empty. The other fields as in `Config`.
+    """
+
+    model: DiffusionModel
+    prompts: Sequence[str]
+    seed: int
+    guidance: float
+    sampler: int
+    states: Source
+    noises: int | None
+    faithful: bool = False
+    walker: nn.Module | None = None
+    table: list[State] = field(
+        default_factory=list, init=False, repr=False
+    )  # per prompt and noise, nodes ascending
+
+    def __post_init__(self):
+        if getattr(self.model.pipeline, "text_encoder_2", None) is not None:
+            raise ValueError("this method knows one text encoder; SDXL has two: erase by a closed form instead")
+        self.text = self.model.encode(list(self.prompts))
+        self.empty = self.model.encode("")[0]
+        if self.states != "cached":
+            return
+        ways = [(p, n) for p in range(len(self.prompts)) for n in range(self.noises)]
+        size = self.model.fixed_batch or 16
+
+        @torch.no_grad()
+        def whole(first: int) -> list[State]:
+            part = ways[first : first + size]
+            steps = list(self._walk(*map(torch.tensor, zip(*part, strict=True))))
+            at = torch.tensor([step["timestep"] for step in reversed(steps)])
+            of = lambda name, i: torch.stack([step[name][i] for step in reversed(steps)]).cpu()
+            return [State(of("sample", i), at, of("text", i), of("uncond", i)) for i in range(len(part))]
+
+        with text_projected_once(self.model.unet):
+            parts = self.model._map(whole, range(0, len(ways), size))
+        self.table = [one for part in parts for one in part]
+
+    def pick(self, prompt: Tensor, generator: torch.Generator) -> Picks:
+        """Noise, node and offset for each prompt (n,), uniformly."""
+        draw = lambda high: torch.randint(high, prompt.shape, generator=generator)
+        stretch = self.model.scheduler.config.num_train_timesteps // self.sampler
+        return Picks(prompt, draw(self.noises or 2**31), draw(self.sampler), draw(stretch))
+
+    @torch.no_grad()
+    def at(self, picks: Picks) -> State:
+        """The states picked, on the model's device. No gradient."""
+        device = self.model.device
+        if self.states == "cached":
+            rows = [self.table[p * self.noises + n] for p, n in zip(picks.prompt, picks.noise, strict=True)]
+            of = lambda name: torch.stack(
+                [getattr(row, name)[node] for row, node in zip(rows, picks.node, strict=True)]
+            )
+            return State(*(of(name).to(device) for name in ("sample", "timestep", "text", "uncond")))
+        sample, t = self._drawn(picks)
+        context = torch.cat([self.empty.expand(len(sample), -1, -1), self.text[picks.prompt.to(device)]])
+        both = self.model.unet(
+            torch.cat([sample, sample]), torch.cat([t, t]), encoder_hidden_states=context, return_dict=False
+        )[0]
+        uncond, text = both.chunk(2)
+        return State(sample, t, text, uncond)
+
+    def _drawn(self, picks: Picks) -> tuple[Tensor, Tensor]:
+        """x_t and t of each row, sampled as far as the furthest row needs it."""
+        skip = int(self.faithful)
+        # Nodes count from the clean end, steps from the noisy one. The lag of the code starts one step late and reads
+        # two nodes further down, which for the two cleanest is the finished picture.
+        done = (self.sampler - 1 - picks.node + skip).clamp(max=self.sampler - skip)
+        found = {}
+        for step in self._walk(picks.prompt, picks.noise, skip):
+            for row in range(len(done)):
+                if step["step"] == 0 == done[row]:
+                    found[row] = step["sample"][row]
+                if step["step"] + 1 == done[row]:
+                    found[row] = step["latents"][row]
+            if len(found) == len(done):
+                break
+        if self.faithful:
+            t = picks.node * (self.model.scheduler.config.num_train_timesteps // self.sampler) + picks.offset
+        else:
+            scheduler = copy.deepcopy(self.model.scheduler)
+            scheduler.set_timesteps(self.sampler)
+            t = scheduler.timesteps.flip(0)[picks.node]
+        return torch.stack([found[row] for row in range(len(done))]), t.to(self.model.device)
+
+    def _walk(self, prompt: Tensor, noise: Tensor, skip: int = 0):
+        seeds = [self.seed + 7919 * int(p) + int(n) for p, n in zip(prompt, noise, strict=True)]
+        text = self.text[prompt.to(self.text.device)]
+        return walk(
+            self.model.unet if self.walker is None else self.walker,
+            self.model.scheduler,
+            text,
+            self.empty.expand_as(text),
+            [torch.Generator().manual_seed(seed) for seed in seeds],
+            steps=self.sampler,
+            guidance=self.guidance,
+            size=(self.model.unet.config.sample_size,) * 2,
+            skip=skip,
+        )
+
+
+# Training a copy of one part
+
+
+def erase_prompts(concepts: Sequence[Concept], templates: Sequence[str]) -> list[str]:
+    """Every concept in its own templates, or in these."""
+    return [fill(t, concept.name)[0] for concept in concepts for t in concept.templates or templates]
+
+
+def trainee(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A copy in single precision of which only the parameters `names` are trained."""
+    copied = copy.deepcopy(module).float().train(False)
+    wanted = set(names)
+    for name, parameter in copied.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    return copied
+
+
+def mixed(model: DiffusionModel):
+    """bfloat16 arithmetic for a half-precision model on an accelerator, else nothing."""
+    half = model.dtype in (torch.float16, torch.bfloat16) and model.device.type != "cpu"
+    return torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
+
+
+def descend(
+    method: str,
+    model: DiffusionModel,
+    module: nn.Module,
+    loss: Callable[[int, torch.Generator], dict],
+    config,
+    prompts: Sequence[str],
+    generator: torch.Generator,
+    callback: Callable[[dict], None] | None,
+    folder: Path | None,
+    progress: bool,
+) -> None:
+    """Minimize the loss over the trainable parameters of `module` by Adam, as both papers do.
+
+    Checkpoints lie in a folder of their own for the same model, settings, prompts and generator, so that an interrupted
+    run goes on; they are deleted at the end.
+    """
+    what = [method, model.fingerprint(), asdict(config), list(prompts), generator.get_state().tolist()]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+    place = (folder or FOLDER) / f"{method}-{key}"
+    with frozen(model.unet, model.text_encoder), mixed(model):
+        optimize(
+            method, module, loss, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
+            betas=(0.9, 0.999), weight_decay=0.0, clip=float("inf"), decay=0.0, callback=callback, folder=place,
+            save_every=SAVE_EVERY, progress=progress,
+        )  # fmt: skip
+    for file in place.glob("*"):
+        file.unlink()
+    place.rmdir()
+
+
+def delta(module: nn.Module, original: nn.Module, part: str) -> dict[str, Tensor]:
+    """{part.name: trained - original} of the trained parameters, in half precision."""
+    before = dict(original.named_parameters())
+    return {
+        f"{part}.{name}": (p.detach() - before[name].detach().float()).half()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def fit(
+    model: DiffusionModel,
+    erase: str | Concept | Sequence[str | Concept],
+    preserve: str | Concept | Sequence[str | Concept] = (),
+    *,
+    anchor: str | Concept | None = None,
+    config: Config | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[dict], None] | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Edit:
+    """Erase concepts by training a copy of the UNet; returns a weight_delta Edit and leaves the model alone.
+
+    preserve, anchor: names are checked and otherwise not used, ESD has no term for them. config: None takes the preset
+    of the model ("emoji" or "sd14-object"). generator: seed 0 if None. callback: step and loss at every update. folder:
+    of the checkpoints, from which an interrupted call with the same arguments goes on. Raises ValueError for unknown
+    concepts and nothing to erase, FloatingPointError for a loss that is not finite (the last good state stays).
+    """
+    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
+    erased = model.concepts(erase)
+    model.concepts(preserve)
+    if not erased:
+        raise ValueError("there is nothing to erase: name at least one concept")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    prompts = erase_prompts(erased, config.templates)
+    unet = trainee(model.unet, unet_parameters(model.unet, config.parameters))
+    states = States(
+        model, prompts, int(torch.randint(2**31, (), generator=generator)), config.guidance, config.sampler,
+        config.states, config.noises, config.faithful, walker=unet if config.states == "trained" else None,
+    )  # fmt: skip
+
+    def loss(step: int, generator: torch.Generator) -> dict:
+        prompt = torch.randint(len(prompts), (config.batch,), generator=generator)
+        state = states.at(states.pick(prompt, generator))
+        text = states.text[prompt.to(model.device)]
+        predicted = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
+        return {"loss": (predicted.float() - state.target(config.eta).float()).square().mean()}
+
+    descend("esd", model, unet, loss, config, prompts, generator, callback, folder, progress)
+    concepts = {"erase": [one.name for one in erased], "anchor": [], "preserve": []}
+    change = delta(unet, model.unet, "unet")
+    return Edit.from_weight_delta(change, model, method="esd", config=config, concepts=concepts)

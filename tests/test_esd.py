@@ -1,0 +1,311 @@
+"""ESD: the target, where x_t comes from, what is trained, and training that resumes."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import UNet2DConditionModel
+
+import erasekit as ek
+from erasekit import models
+from erasekit.layers import unet_parameters
+from erasekit.methods import esd
+
+SHORT = esd.Config(
+    iterations=4, lr=1e-3, batch=2, sampler=5, noises=2, states="cached", templates=("{}", "a {}")
+)
+
+
+def losses(model, config, seed=0, **more):
+    """Loss at every update, and the edit."""
+    seen = []
+    edit = esd.fit(
+        model, "church", config=config, generator=torch.Generator().manual_seed(seed),
+        callback=lambda state: seen.append(state["loss"]), **more,
+    )  # fmt: skip
+    return seen, edit
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    monkeypatch.setattr(esd, "FOLDER", tmp_path)
+    return tmp_path
+
+
+pytestmark = pytest.mark.usefixtures("there")
+
+
+def states(model, **changes):
+    given = dict(guidance=3.0, sampler=5, states="frozen", noises=3, faithful=False) | changes
+    return esd.States(model, ["church", "a dog", ""], 11, **given)
+
+
+def every(of: esd.States, prompt: int = 0, noise: int = 1) -> esd.Picks:
+    """All nodes of one way."""
+    rows = lambda value: torch.full((of.sampler,), value)
+    return esd.Picks(rows(prompt), rows(noise), torch.arange(of.sampler), rows(7))
+
+
+# The target
+
+
+def test_the_target_leads_from_the_prompt_away(generator):
+    draw = lambda: torch.randn(2, 4, 8, 8, generator=generator)
+    state = esd.State(draw(), torch.tensor([1, 2]), draw(), draw())
+    assert torch.equal(state.target(0.0), state.uncond)
+    assert torch.allclose(state.target(-1.0), state.text, atol=1e-6)
+    middle = (state.target(1.0) + state.target(3.0)) / 2
+    assert torch.allclose(state.target(2.0), middle, atol=1e-6)  # affine in eta
+    assert not torch.allclose(state.target(1.0), state.uncond, atol=0.1)
+
+
+def test_nothing_to_learn_where_the_target_is_the_prediction(shared_model):
+    at_once, _ = losses(shared_model, dataclasses.replace(SHORT, eta=-1.0, iterations=1))
+    control, _ = losses(shared_model, dataclasses.replace(SHORT, eta=1.0, iterations=1))
+    assert at_once[0] < 1e-10 < 1e-3 < control[0]
+
+
+# x_t
+
+
+def test_states_are_points_of_the_stock_sampling_loop(shared_model):
+    found = states(shared_model).at(every(states(shared_model)))
+    pipe = shared_model.pipeline
+    pipe.scheduler.set_timesteps(5)
+    text, empty = shared_model.encode("church"), shared_model.encode("")
+    x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(11 + 1))
+    for node, t in zip(reversed(range(5)), pipe.scheduler.timesteps, strict=True):
+        with torch.no_grad():
+            u, c = (pipe.unet(x, t, encoder_hidden_states=one).sample for one in (empty, text))
+        assert found.timestep[node] == t
+        assert torch.allclose(found.sample[node], x[0], atol=1e-5)
+        assert torch.allclose(found.text[node], c[0], atol=1e-5)
+        assert torch.allclose(found.uncond[node], u[0], atol=1e-5)
+        x = pipe.scheduler.step(u + 3.0 * (c - u), t, x).prev_sample
+
+
+def test_cached_and_new_states_are_the_same(shared_model):
+    fresh, kept = states(shared_model), states(shared_model, states="cached")
+    prompt = torch.tensor([0, 1, 2, 1, 0, 2])
+    picks = fresh.pick(prompt, torch.Generator().manual_seed(5))
+    a, b = fresh.at(picks), kept.at(picks)
+    assert torch.equal(a.timestep, b.timestep)
+    for name in ("sample", "text", "uncond"):
+        assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-5), name
+    other = kept.at(dataclasses.replace(picks, noise=(picks.noise + 1) % 3))
+    assert not torch.allclose(a.sample, other.sample, atol=0.1)
+
+
+def test_the_lag_of_the_code(shared_model, monkeypatch):
+    """x_t at t = 20 (e - 2) + 1 for a UNet that is told 20 e + offset, after 50 - e calls (49 for e = 0)."""
+    lagging, right = states(shared_model, faithful=True), states(shared_model)
+    late, clean = lagging.at(every(lagging)), right.at(every(right))
+    assert late.timestep.tolist() == [200 * e + 7 for e in range(5)]
+    assert clean.timestep.tolist() == [200 * e + 1 for e in range(5)]
+    # the first of its steps is left out, so the way is another one; both start from the same noise
+    skipped = list(lagging._walk(torch.tensor([0]), torch.tensor([1]), 1))
+    assert [step["timestep"] for step in skipped] == [601, 401, 201, 1]
+    for node in (2, 3, 4):
+        step = next(step for step in skipped if step["timestep"] == 200 * (node - 2) + 1)
+        assert torch.allclose(late.sample[node], step["sample"][0], atol=1e-5)
+    for node in (0, 1):
+        assert torch.allclose(late.sample[node], skipped[-1]["latents"][0], atol=1e-5)
+
+    calls = []
+    forward = shared_model.unet.forward
+    monkeypatch.setattr(
+        shared_model.unet, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw)
+    )
+    for node, expected in enumerate([4, 4, 3, 2, 1]):
+        calls.clear()
+        one = lambda value: torch.tensor([value])
+        lagging.at(esd.Picks(one(0), one(0), one(node), one(0)))
+        assert len(calls) == expected + 1  # and one for the targets
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_agrees_with_the_literal_algorithm(shared_model, faithful):
+    """One prompt, batch 1, x_t from the model in training: the loop of the sheet, with torch's Adam."""
+    config = dataclasses.replace(
+        SHORT, states="trained", batch=1, noises=None, templates=("a {}",), faithful=faithful
+    )
+    found, edit = losses(shared_model, config, seed=3)
+
+    model = models.load(tiny_pipeline())
+    generator = torch.Generator().manual_seed(3)
+    base = int(torch.randint(2**31, (), generator=generator))
+    unet, scheduler = models.load(tiny_pipeline()).unet, model.scheduler
+    chosen = [p for name, p in unet.named_parameters() if "attn2" in name]
+    optimizer = torch.optim.Adam(chosen, lr=config.lr)
+    text, empty = model.encode("a church"), model.encode("")
+    call = lambda net, x, t, context: net(x, t, encoder_hidden_states=context).sample
+    wanted = []
+    for _ in range(config.iterations):
+        draw = lambda high: int(torch.randint(high, (1,), generator=generator))
+        draw(1)  # the prompt
+        noise, node, offset = draw(2**31), draw(5), draw(200)
+        scheduler.set_timesteps(5)
+        stop = node - 2 if faithful else node  # the last node that is not taken
+        x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(base + noise))
+        with torch.no_grad():
+            for t in scheduler.timesteps[1 if faithful else 0 :]:
+                if t <= 200 * stop + 1:
+                    break
+                u, c = call(unet, x, t, empty), call(unet, x, t, text)
+                x = scheduler.step(u + 3.0 * (c - u), t, x).prev_sample
+            t = torch.tensor([200 * node + (offset if faithful else 1)])
+            u, c = call(model.unet, x, t, empty), call(model.unet, x, t, text)
+            y = u - config.eta * (c - u)
+        loss = torch.nn.functional.mse_loss(call(unet, x, t, text), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        wanted.append(float(loss.detach()))
+    assert found == pytest.approx(wanted, rel=1e-4)
+    merged = dict(edit.merged(model).unet.named_parameters())
+    for name, parameter in unet.named_parameters():
+        assert torch.allclose(merged[name], parameter, atol=2e-5), name
+
+
+# What is trained
+
+
+def test_parameter_sets_have_the_sizes_of_the_sheet():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
+    of = lambda which: sum(sizes[name] for name in unet_parameters(unet, which))
+    assert sum(sizes.values()) == of("full") == 859_520_964
+    assert (of("x"), of("x-strict"), of("u")) == (43_962_560, 19_169_280, 813_496_320)
+    with pytest.raises(ValueError, match="must be one of"):
+        unet_parameters(unet, "esd-x")
+
+
+@pytest.mark.parametrize("which", ["x", "x-strict", "u", "self", "full"])
+def test_only_the_chosen_parameters_change_and_the_model_never(model, which):
+    before = {name: p.clone() for name, p in model.unet.named_parameters()}
+    _, edit = losses(model, dataclasses.replace(SHORT, parameters=which))
+    for name, parameter in model.unet.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None and parameter.requires_grad
+    chosen = {f"unet.{name}" for name in unet_parameters(model.unet, which)}
+    assert edit.kind == "weight_delta" and set(edit.tensors) == chosen
+    # a key's bias-free softmax leaves a few directions without gradient, whole tensors not
+    assert sum(bool(t.any()) for t in edit.tensors.values()) > 0.9 * len(chosen)
+    with edit.applied(model):
+        assert any(not torch.equal(p, before[name]) for name, p in model.unet.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.unet.named_parameters())
+
+
+def test_training_comes_nearer_to_the_target(shared_model):
+    config = dataclasses.replace(SHORT, iterations=60, batch=4, lr=3e-3)
+    _, edit = losses(shared_model, config)
+    points = states(shared_model, noises=8)
+    here = esd.Picks(torch.zeros(16, dtype=int), torch.arange(16) % 8, torch.arange(16) % 5, torch.zeros(16))
+    state = points.at(here)
+    text = points.text[here.prompt]
+
+    def error():
+        with torch.no_grad():
+            out = shared_model.unet(state.sample, state.timestep, encoder_hidden_states=text).sample
+        return float((out - state.target(config.eta)).square().mean())
+
+    before = error()
+    with edit.applied(shared_model):
+        assert error() < 0.5 * before
+
+
+# Runs
+
+
+def test_an_interrupted_training_goes_on(shared_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+    config = dataclasses.replace(SHORT, iterations=6)
+    whole, edit = losses(shared_model, config, folder=tmp_path / "whole")
+    assert not list((tmp_path / "whole").iterdir())  # no checkpoint outlives its use
+
+    class Killed(Exception):
+        pass
+
+    def stop(state):
+        if state["step"] == 4:
+            raise Killed
+
+    start = lambda: torch.Generator().manual_seed(0)
+    with pytest.raises(Killed):
+        esd.fit(
+            shared_model, "church", config=config, generator=start(), callback=stop, folder=tmp_path / "again"
+        )
+    rest, resumed = losses(shared_model, config, folder=tmp_path / "again")
+    assert rest == whole[4:] and resumed.digest == edit.digest
+
+
+def test_same_seed_same_edit(shared_model):
+    edits = [losses(shared_model, SHORT, seed)[1].digest for seed in (0, 0, 1)]
+    assert edits[0] == edits[1] != edits[2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(model, there):
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        losses(model, dataclasses.replace(SHORT, lr=1e30))
+    assert not model._active and all(p.isfinite().all() for p in model.unet.parameters())
+
+
+def test_saved_edit_and_lora(model, tmp_path):
+    _, edit = losses(model, dataclasses.replace(SHORT, parameters="x-strict", lr=1e-2))
+    edit.save(tmp_path / "esd.safetensors")
+    again = ek.Edit.load(tmp_path / "esd.safetensors")
+    draw = lambda: model.generate("a church", seeds=[3], steps=3)[0].tobytes()
+    plain = draw()
+    with again.applied(model):
+        edited = draw()
+    assert edited != plain == draw()
+    assert edit.merged(model).generate("a church", seeds=[3], steps=3)[0].tobytes() == edited
+    assert edit.to_lora(tmp_path / "lora", model=model).exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"states": "live"}, "states must be one of"),
+        ({"states": "cached", "noises": None}, "say how many"),
+        ({"states": "cached", "faithful": True}, "not in the cache"),
+        ({"states": "cached", "guidance": 1.0}, "guidance above 1"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"noises": 0}, "noises must be at least 1"),
+        ({"templates": ("church",)}, "exactly one"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SHORT, **changes)
+
+
+def test_bad_calls(shared_model):
+    with pytest.raises(ValueError, match="nothing to erase"):
+        esd.fit(shared_model, [], config=SHORT)
+    with pytest.raises(ValueError, match="must be one of"):
+        esd.fit(shared_model, "church", config=dataclasses.replace(SHORT, parameters="v"))
+
+
+def test_presets_are_the_settings_of_the_code():
+    assert esd.Config() == esd.PRESETS["sd14-artist"]
+    default, new = esd.Config(), esd.PRESETS["sd14-2025"]
+    assert (default.eta, default.guidance, default.iterations, default.lr, default.sampler) == (
+        1,
+        3,
+        1000,
+        1e-5,
+        50,
+    )
+    assert (new.lr, new.iterations, new.states) == (5e-5, 200, "frozen")  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu():
+    model = models.load(tiny_pipeline(), device="cuda", dtype="float16")
+    seen, edit = losses(model, SHORT)
+    assert all(value == value for value in seen) and edit.tensors
+    with edit.applied(model):
+        model.generate("a church", steps=2)
