@@ -122,6 +122,7 @@ def _run_parameters(
     concepts: Concepts,
     *,
     out: Annotated[Path, Parameter(help="The result to write (JSON).")],
+    edit: Annotated[Path | None, Parameter(help="Where to save the edit as well (safetensors).")] = None,
     preserve: Preserve = [],  # noqa: B006
     anchor: Anchor = None,
     preset: Preset = None,
@@ -135,9 +136,11 @@ def _erase(method, module, given, concepts, out, preserve, anchor, model, preset
     print(f"{out}: {edit.kind}, {edit.nbytes} bytes")
 
 
-def _run(method, module, given, concepts, out, preserve, anchor, preset) -> None:
-    model, edit = _fitted(module, given, concepts, preserve, anchor, "emoji", preset)
-    result = world.measure(model, edit, progress=True)
+def _run(method, module, given, concepts, out, edit, preserve, anchor, preset) -> None:
+    model, fitted = _fitted(module, given, concepts, preserve, anchor, "emoji", preset)
+    if edit:
+        fitted.save(edit)
+    result = world.measure(model, fitted, progress=True)
     words = [method, *map(json.dumps, concepts)]
     words += _given({"preserve": preserve, "anchor": anchor, "preset": preset, **given})
     line = f"python -m erasekit run {' '.join(words)} --out {out.as_posix()}"

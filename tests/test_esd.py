@@ -85,6 +85,16 @@ def test_states_are_points_of_the_stock_sampling_loop(shared_model):
         x = pipe.scheduler.step(u + 3.0 * (c - u), t, x).prev_sample
 
 
+def test_cached_states_are_drawn_once(shared_model, tmp_path, monkeypatch):
+    picks = every(states(shared_model))
+    first = states(shared_model, states="cached", folder=tmp_path).at(picks)
+    monkeypatch.setattr(esd, "walk", lambda *args, **kwargs: pytest.fail("drawn again"))
+    again = states(shared_model, states="cached", folder=tmp_path).at(picks)
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in esd.STATE)
+    with pytest.raises(pytest.fail.Exception):  # other guidance, other states
+        states(shared_model, states="cached", folder=tmp_path, guidance=4.0)
+
+
 def test_cached_and_new_states_are_the_same(shared_model):
     fresh, kept = states(shared_model), states(shared_model, states="cached")
     prompt = torch.tensor([0, 1, 2, 1, 0, 2])
@@ -222,7 +232,7 @@ def test_an_interrupted_training_goes_on(shared_model, tmp_path, monkeypatch):
     monkeypatch.setattr(esd, "SAVE_EVERY", 2)
     config = dataclasses.replace(SHORT, iterations=6)
     whole, edit = losses(shared_model, config, folder=tmp_path / "whole")
-    assert not list((tmp_path / "whole").iterdir())  # no checkpoint outlives its use
+    assert not list((tmp_path / "whole").glob("esd-*"))  # no checkpoint outlives its use
 
     class Killed(Exception):
         pass

@@ -107,9 +107,9 @@ class Config:
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
-        iterations=300, lr=1e-4, batch=4, warmup=50, attack_steps=10, alpha=1e-2, retain_batch=16,
+        iterations=150, lr=1e-4, batch=4, warmup=30, attack_steps=5, alpha=1e-2, retain_batch=8,
         templates=esd.EMOJI_TEMPLATES, retain_templates=esd.EMOJI_TEMPLATES, retain_null=True, sampler=25,
-        states="cached", noises=4,
+        states="cached", noises=2,
     ),
     # the paper, and the commands of its code
     "sd14-nudity": Config(gamma=0.3),
@@ -314,8 +314,8 @@ def fit(
     seed, order = (int(torch.randint(2**31, (), generator=generator)) for _ in range(2))
     how = (config.guidance, config.sampler, config.states, config.noises, config.faithful)
     walker = unet if config.states == "trained" else None
-    states = States(model, prompts, seed, *how, walker=walker)
-    retain = States(model, kept, seed + 1, *how) if kept else None
+    states = States(model, prompts, seed, *how, walker, folder)
+    retain = States(model, kept, seed + 1, *how, None, folder) if kept else None
     where, plain = slots(model, prompts, config), token_ids(model.tokenizer, prompts).to(model.device)
     kept_ids = token_ids(model.tokenizer, kept).to(model.device) if kept else None
     table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()

@@ -24,19 +24,21 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from erasekit.attacks.common import check, frozen
 from erasekit.concepts import Concept, check_templates, fill
 from erasekit.edits import Edit
+from erasekit.evaluate import runs
 from erasekit.layers import text_projected_once, unet_parameters
 from erasekit.models import DiffusionModel
-from erasekit.paths import BUILD
+from erasekit.paths import BUILD, replacing
 from erasekit.sampling import walk
 from erasekit.training import constant, optimize
 
@@ -134,8 +136,10 @@ class State:
 
     def __add__(self, other: "State") -> "State":
         """The rows of both."""
-        names = ("sample", "timestep", "text", "uncond")
-        return State(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in names))
+        return State(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in STATE))
+
+
+STATE = tuple(one.name for one in fields(State))
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class States:
     """Points on the ways from noise to pictures of `prompts`; `pick` some, and get them by `at`.
 
     model: the frozen one. walker: the UNet that draws, the model's own if None. seed: of the noise. Prompts may be
-    empty. The other fields as in `Config`.
+    empty. folder: where "cached" states lie, to be read again by the next training. The other fields as in `Config`.
     """
 
     model: DiffusionModel
@@ -167,13 +171,16 @@ class States:
     noises: int | None
     faithful: bool = False
     walker: nn.Module | None = None
+    folder: Path | None = None
     table: list[State] = field(
         default_factory=list, init=False, repr=False
     )  # per prompt and noise, nodes ascending
 
     def __post_init__(self):
         if getattr(self.model.pipeline, "text_encoder_2", None) is not None:
-            raise ValueError("this method knows one text encoder; SDXL has two: erase by a closed form instead")
+            raise ValueError(
+                "this method knows one text encoder; SDXL has two: erase by a closed form instead"
+            )
         self.text = self.model.encode(list(self.prompts))
         self.empty = self.model.encode("")[0]
         if self.states != "cached":
@@ -189,9 +196,19 @@ class States:
             of = lambda name, i: torch.stack([step[name][i] for step in reversed(steps)]).cpu()
             return [State(of("sample", i), at, of("text", i), of("uncond", i)) for i in range(len(part))]
 
-        with text_projected_once(self.model.unet):
-            parts = self.model._map(whole, range(0, len(ways), size))
-        self.table = [one for part in parts for one in part]
+        model = self.model
+        what = [model.fingerprint(), runs.edits_in_force(model), dict(model.scheduler.config), model.dtype]
+        what += [model.device.type, self.prompts, self.seed, self.guidance, self.sampler, self.noises]
+        key = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
+        file = (self.folder or FOLDER) / "states" / f"{key}.safetensors"
+        if not file.exists():
+            with text_projected_once(self.model.unet):
+                made = [one for part in self.model._map(whole, range(0, len(ways), size)) for one in part]
+            stacked = {name: torch.stack([getattr(one, name) for one in made]) for name in STATE}
+            with replacing(file) as temporary:
+                save_file(stacked, temporary)
+        kept = load_file(file)
+        self.table = [State(*(kept[name][i] for name in STATE)) for i in range(len(ways))]
 
     def pick(self, prompt: Tensor, generator: torch.Generator) -> Picks:
         """Noise, node and offset for each prompt (n,), uniformly."""
@@ -208,7 +225,7 @@ class States:
             of = lambda name: torch.stack(
                 [getattr(row, name)[node] for row, node in zip(rows, picks.node, strict=True)]
             )
-            return State(*(of(name).to(device) for name in ("sample", "timestep", "text", "uncond")))
+            return State(*(of(name).to(device) for name in STATE))
         sample, t = self._drawn(picks)
         context = torch.cat([self.empty.expand(len(sample), -1, -1), self.text[picks.prompt.to(device)]])
         both = self.model.unet(
@@ -349,7 +366,7 @@ def fit(
     unet = trainee(model.unet, unet_parameters(model.unet, config.parameters))
     states = States(
         model, prompts, int(torch.randint(2**31, (), generator=generator)), config.guidance, config.sampler,
-        config.states, config.noises, config.faithful, walker=unet if config.states == "trained" else None,
+        config.states, config.noises, config.faithful, unet if config.states == "trained" else None, folder,
     )  # fmt: skip
 
     def loss(step: int, generator: torch.Generator) -> dict:
