@@ -123,3 +123,18 @@ def check_simplex_projection(theirs: Callable[[Tensor], Tensor]) -> None:
             "a point of the simplex is nearer to v than yours"
         )
     print("simplex_projection: all tests passed")
+
+
+def esd_target(uncond: Tensor, text: Tensor, eta: float) -> Tensor:
+    """y = e_uncond - eta (e_text - e_uncond)."""
+    return uncond - eta * (text - uncond)
+
+
+def check_esd_target(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 11, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, generator=generator) for _ in range(2))
+    for eta, expected, hint in ((0.0, a, "the unconditional prediction"), (-1.0, b, "the text prediction")):
+        assert torch.allclose(theirs(a, b, eta), expected, atol=1e-6), f"eta {eta:g} should give {hint}"
+    assert torch.allclose(theirs(a, b, 1.0), 2 * a - b, atol=1e-6), "eta 1 should lead away from the text"
+    print("esd_target: all tests passed")

@@ -699,3 +699,53 @@ def test_an_edit_at_half_strength_is_another_run(model, tmp_path):
     with edit.applied(model, scale=0.5):
         half = runs.edits_in_force(model)
     assert whole == [edit.digest] != half
+
+
+# Ablations
+
+
+def test_variants_are_settings_of_their_method():
+    from erasekit.evaluate import ablation
+
+    for method, variants in ablation.VARIANTS.items():
+        changed = [dataclasses.replace(ablation.DEFAULT[method], **changes) for changes in variants.values()]
+        assert changed[0] == ablation.DEFAULT[method] and len(set(map(repr, changed))) == len(changed)
+
+
+@pytest.mark.parametrize("concept, target, others", [("dog", 50, 103), ("ink", None, 104)])
+def test_prompts_of_an_ablation(concept, target, others):
+    from erasekit.evaluate import ablation
+
+    asked = ablation.protocol(concept, seeds=10)
+    about = [p for p in asked.prompts if p.role == "target"]
+    rest = [p for p in asked.prompts if p.role == "other"]
+    assert all(concept in (p.concept, p.style) for p in about)
+    assert not any(concept in (p.concept, p.style) for p in rest)
+    assert target in (None, len(about)) and len(rest) == others
+    assert len({p.concept for p in rest}) == others and len({p.style for p in rest}) >= 4
+
+
+def test_an_ablation_goes_on(tmp_path, monkeypatch):
+    from erasekit.evaluate import ablation
+
+    done = []
+
+    def measured(model, method, concept, changes, attempts):
+        done.append(changes)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        config = dataclasses.asdict(dataclasses.replace(ablation.DEFAULT[method], **changes))
+        return {"changes": changes, "config": config} | dict.fromkeys(
+            ("target", "others", "attack", "drift", "seconds")
+        )
+
+    monkeypatch.setattr(ablation, "measure", measured)
+    names = ["ESD-x", "ESD-u", "eta 3"]
+    only = [word for name in names for word in ("--only", name)]
+    monkeypatch.setattr(sys, "argv", ["ablation", "esd", "dog", "--out", str(tmp_path / "a.json"), *only])
+    with pytest.raises(KeyboardInterrupt):
+        ablation.main()
+    assert list(json.loads((tmp_path / "a.json").read_text())["variants"]) == ["ESD-x"]
+    ablation.main()
+    assert list(json.loads((tmp_path / "a.json").read_text())["variants"]) == names
+    assert len(done) == 4  # the first variant was not measured again
