@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from erasekit import attacks, closed_form, evaluate
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import advunlearn, esd, rece, uce
+    from erasekit.methods import advunlearn, esd, rece, trce, uce
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -35,6 +35,7 @@ __all__ = [
     "uce",
     "esd",
     "rece",
+    "trce",
     "advunlearn",
 ]
 
@@ -47,6 +48,7 @@ _HOME = {
     "uce": "erasekit.methods",
     "esd": "erasekit.methods",
     "rece": "erasekit.methods",
+    "trce": "erasekit.methods",
     "advunlearn": "erasekit.methods",
 }
 

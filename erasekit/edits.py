@@ -32,7 +32,8 @@ class Edit:
 
     kind "context_map": tensors `left` and `right`, (d, r) float32, the factors of T = I + left right^T; every
     cross-attention key and value weight W becomes W T. kind "weight_delta": {parameter name, with the
-    pipeline part in front: tensor of the parameter's shape}, added to it. kind "text_encoder": the same for
+    pipeline part in front: tensor of the parameter's shape}, added to it; with `left` and `right` beside them the
+    map comes first, as in an edit of two stages. kind "text_encoder": the same for
     parameters of the text encoder alone; it may be applied to any model with that text encoder. The tensors are
     on the CPU and are exactly what `save` writes, so pictures are the same before and after saving.
 
@@ -67,14 +68,22 @@ class Edit:
         return cls("context_map", tensors, _metadata(model, metadata))
 
     @classmethod
-    def from_weight_delta(cls, delta: Mapping[str, Tensor], model: DiffusionModel, **metadata) -> "Edit":
+    def from_weight_delta(
+        cls,
+        delta: Mapping[str, Tensor],
+        model: DiffusionModel,
+        context_map: ContextMap | None = None,
+        **metadata,
+    ) -> "Edit":
         """`delta`: {"unet.…weight": tensor added to that parameter}; of kind "text_encoder" when it changes nothing
-        else. ValueError for an unknown name or shape.
+        else. context_map: a first stage, applied before. ValueError for an unknown name or shape.
         """
         for name, tensor in delta.items():
             if (shape := _parameter(model, name).shape) != tensor.shape:
                 raise ValueError(f"{name} has shape {tuple(shape)}, its delta {tuple(tensor.shape)}")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.items()}
+        if context_map is not None:
+            tensors |= cls.from_context_map(context_map, model).tensors
         in_text = bool(tensors) and all(name.startswith("text_encoder.") for name in tensors)
         return cls("text_encoder" if in_text else "weight_delta", tensors, _metadata(model, metadata))
 
@@ -85,10 +94,15 @@ class Edit:
 
     @property
     def context_map(self) -> ContextMap:
-        """The map T of a context_map edit, in float64."""
-        if self.kind != "context_map":
+        """The map T of a context_map edit, or of the first stage of a weight_delta, in float64."""
+        if "left" not in self.tensors:
             raise ValueError(f"a {self.kind} edit is not one map of text embeddings")
         return ContextMap(self.tensors["left"].double(), self.tensors["right"].double())
+
+    def first_stage(self) -> "Edit":
+        """The map of an edit of two stages, as an edit of its own. ValueError where there is none."""
+        self.context_map  # noqa: B018
+        return Edit("context_map", {name: self.tensors[name] for name in ("left", "right")}, self.metadata)
 
     @property
     def digest(self) -> str:
@@ -102,12 +116,13 @@ class Edit:
     def summary(self) -> str:
         """One line: method, what is erased, kind, rank or number of tensors, size, base."""
         erased = ", ".join(self.metadata.get("concepts", {}).get("erase", [])) or "nothing named"
-        if self.kind == "context_map":
-            extent = f"rank {self.tensors['left'].shape[1]} of {self.tensors['left'].shape[0]}"
-        else:
-            extent = f"{len(self.tensors)} tensors"
+        extent = []
+        if "left" in self.tensors:
+            extent.append(f"rank {self.tensors['left'].shape[1]} of {self.tensors['left'].shape[0]}")
+        if deltas := len(self._deltas):
+            extent.append(f"{deltas} tensors")
         return (
-            f"{self.metadata.get('method', 'unknown')}: erases {erased}; {self.kind}, {extent}, "
+            f"{self.metadata.get('method', 'unknown')}: erases {erased}; {self.kind}, {' and '.join(extent)}, "
             f"{self.nbytes / 1000:.1f} kB; base {self.metadata['base'][:12]}"
         )
 
@@ -156,6 +171,8 @@ class Edit:
             raise ValueError(
                 f"cannot compose a {self.kind} with a {other.kind}: nest their applied(model) blocks instead"
             )
+        if self.kind != "context_map" and any("left" in one.tensors for one in (self, other)):
+            raise ValueError("edits of two stages do not compose: nest their applied(model) blocks instead")
         if self.kind == "context_map":
             both = self.context_map.compose(other.context_map).compressed(rtol=1e-7)
             tensors = {"left": both.left.float(), "right": both.right.float()}
@@ -213,24 +230,21 @@ class Edit:
         """
         model = self._base(model)
         factors = {}
-        if self.kind == "context_map":
+        if "left" in self.tensors:
             t = self.context_map
             for name, layer in cross_attention_kv(model.unet).items():
                 factors[f"unet.{name}"] = (layer.weight.double() @ t.left.to(layer.weight.device), t.right.T)
-        else:
-            for name, delta in self.tensors.items():
-                owner = model.pipeline.components[name.split(".")[0]].get_submodule(
-                    ".".join(name.split(".")[1:-1])
-                )
-                if (
-                    not name.startswith("unet.")
-                    or type(owner) is not nn.Linear
-                    or not name.endswith(".weight")
-                ):
-                    raise ValueError(f"{name} cannot become a LoRA: only weights of UNet Linear layers can")
-                u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
-                keep = s > 1e-7 * s[0]
-                factors[name] = (u[:, keep] * s[keep], vh[keep])
+        for name, delta in self._deltas.items():
+            owner = model.pipeline.components[name.split(".")[0]].get_submodule(
+                ".".join(name.split(".")[1:-1])
+            )
+            if not name.startswith("unet.") or type(owner) is not nn.Linear or not name.endswith(".weight"):
+                raise ValueError(f"{name} cannot become a LoRA: only weights of UNet Linear layers can")
+            if name in factors:
+                raise ValueError(f"{name} is changed by both stages: it does not become one LoRA")
+            u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+            keep = s > 1e-7 * s[0]
+            factors[name] = (u[:, keep] * s[keep], vh[keep])
         # One rank for all layers (zero-padded), so that alpha = rank and the loader's scale is 1 everywhere.
         rank = max([1, *(a.shape[0] for _, a in factors.values())])
         tensors = {}
@@ -268,6 +282,10 @@ class Edit:
         _write(Path(path), {names[id(p)]: value.cpu() for p, value in edited}, {"format": "pt"})
         return Path(path)
 
+    @property
+    def _deltas(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if name not in ("left", "right")}
+
     def _base(self, model: DiffusionModel | None) -> DiffusionModel:
         if model is None:
             model = models.find(self.metadata["base"])
@@ -297,18 +315,17 @@ class Edit:
 
     def _edited(self, model: DiffusionModel, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
         """Every changed parameter with its new value; nothing is written yet."""
-        if self.kind == "context_map":
+        parameters, new = {}, {}
+        if "left" in self.tensors:
             t = self.context_map.scaled(scale)
-            parameters = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
+            parameters = {f"unet.{name}": one.weight for name, one in cross_attention_kv(model.unet).items()}
             if (width := next(iter(parameters.values())).shape[1]) != t.d:
                 raise ValueError(f"the edit maps embeddings of width {t.d}, the model's are {width} wide")
             new = {name: t.apply_to_weight(weight.data) for name, weight in parameters.items()}
-        else:
-            parameters = {name: _parameter(model, name) for name in self.tensors}
-            new = {
-                name: (w.data.double() + scale * self.tensors[name].to(w.device, torch.float64)).to(w.dtype)
-                for name, w in parameters.items()
-            }
+        for name, delta in self._deltas.items():
+            w = parameters[name] = _parameter(model, name)
+            before = new.get(name, w.data)
+            new[name] = (before.double() + scale * delta.to(w.device, torch.float64)).to(w.dtype)
         for name, value in new.items():
             if not value.isfinite().all():
                 raise ValueError(

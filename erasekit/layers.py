@@ -102,7 +102,8 @@ def unet_parameters(unet: nn.Module, which: str) -> list[str]:
     """Names of the UNet parameters that a method trains, by the names of ESD's code.
 
     "x": all of cross-attention; "x-strict": its keys and values; "u": everything but cross-attention, the time
-    embedding and the last convolution; "self": self-attention; "full": everything. ValueError for another name.
+    embedding and the last convolution; "self": self-attention; "full": everything. And TRCE's "visual":
+    self-attention and the queries of cross-attention. ValueError for another name.
     """
     outside = ("time_embedding.", "conv_out.")
     chosen = {
@@ -110,6 +111,7 @@ def unet_parameters(unet: nn.Module, which: str) -> list[str]:
         "x-strict": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
         "u": lambda name: ".attn2." not in name and not name.startswith(outside),
         "self": lambda name: ".attn1." in name,
+        "visual": lambda name: ".attn1." in name or ".attn2.to_q." in name,
         "full": lambda name: True,
     }
     if which not in chosen:

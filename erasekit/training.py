@@ -30,12 +30,18 @@ def constant(step: int, steps: int, peak: float) -> float:
     return peak
 
 
-def save_checkpoint(path: Path, module, average, optimizer, step: int, generator, seconds: float) -> None:
-    """Write module, EMA, AdamW moments and generator state to one safetensors file, atomically."""
+def save_checkpoint(
+    path: Path, module, average, optimizer, step: int, generator, seconds: float, gradients: bool = False
+) -> None:
+    """Write module, EMA, AdamW moments and generator state to one safetensors file, atomically; gradients too where
+    they are added up.
+    """
     tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    if gradients:
+        tensors |= {f"gradient.{k}": v.grad for k, v in module.named_parameters() if v.grad is not None}
     tensors["generator"] = generator.get_state()
     with replacing(path) as temporary:
         save_file(
@@ -59,6 +65,8 @@ def load_checkpoint(path: Path, module, average, optimizer, generator) -> tuple[
             _, i, name = k.split(".", 2)
             state.setdefault(int(i), {})[name] = v
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for k, v in module.named_parameters():
+        v.grad = tensors.get(f"gradient.{k}")
     generator.set_state(tensors["generator"])
     return int(metadata["step"]), json.loads(metadata["seconds"])
 
@@ -78,6 +86,7 @@ def optimize(
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.99),
     clip: float = 1.0,
+    clear: bool = True,
     begin: int = 0,
     save_every: int = SAVE_EVERY,
     log_every: int = 20,
@@ -90,8 +99,9 @@ def optimize(
     weights of an uninterrupted one. A begin above 0 goes on from weights that an earlier run left, with a schedule
     of its own. Every `log_every` steps append the mean of each scalar to `log` (for the same log after an interruption,
     save_every must be a multiple of it); callback gets step and scalars at every one.
-    decay: of the average, 0 for the last weights themselves. clip: largest norm of the gradient, inf for no limit. A
-    loss that is not finite raises FloatingPointError and leaves the last checkpoint in place.
+    decay: of the average, 0 for the last weights themselves. clip: largest norm of the gradient, inf for no limit.
+    clear: False adds up the gradients of all steps. A loss that is not finite raises FloatingPointError and leaves the
+    last checkpoint in place.
     """
     path = folder / (f"{name}-from-{begin}.safetensors" if begin else f"{name}.safetensors")
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -116,7 +126,8 @@ def optimize(
                 f"{name}: loss is {terms['loss'].item()} at step {step}; "
                 f"the last good state is {path}; lower the learning rate and run again"
             )
-        optimizer.zero_grad(set_to_none=True)
+        if clear:
+            optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
@@ -134,7 +145,7 @@ def optimize(
             window = []
         if (step + 1) % save_every == 0 or step + 1 == steps:
             save_checkpoint(
-                path, module, average, optimizer, step + 1, generator, time.perf_counter() - clock
+                path, module, average, optimizer, step + 1, generator, time.perf_counter() - clock, not clear
             )
     return average
 

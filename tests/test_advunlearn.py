@@ -399,19 +399,19 @@ def test_the_unet_variant_trains_the_unet(model):
 def test_the_retain_set_never_names_what_is_erased(shared_model):
     erased = [Concept("hot dog", synonyms=("sausage",))]
     keep = [Concept(name) for name in ("dog", "church", "sausage roll", "house", "castle")]
-    names, prompts = advunlearn.retained(shared_model, erased, keep, SHORT)
+    names, prompts = advunlearn.retained(shared_model, erased, keep, SHORT.retain_templates)
     assert names == ["church", "house", "castle"]
     assert prompts == ["a church", "house in ink style", "a castle"]
-    _, with_null = advunlearn.retained(shared_model, erased, keep, replace(SHORT, retain_null=True))
+    _, with_null = advunlearn.retained(shared_model, erased, keep, SHORT.retain_templates, null=True)
     assert with_null == [*prompts, ""]
-    _, style = advunlearn.retained(shared_model, [Concept("ink")], keep, SHORT)
+    _, style = advunlearn.retained(shared_model, [Concept("ink")], keep, SHORT.retain_templates)
     assert len(style) == 5 and not any("ink" in prompt for prompt in style)
 
 
 def test_similar_names_are_dropped(shared_model):
     erased, keep = [Concept("church")], [Concept(name) for name in KEEP]
     similarity = lambda limit: advunlearn.retained(
-        shared_model, erased, keep, replace(SHORT, retain_similarity=limit)
+        shared_model, erased, keep, SHORT.retain_templates, similarity=limit
     )[0]
     row = lambda name: torch.nn.functional.normalize(advunlearn._sentence(shared_model, [name]), dim=1)[0]
     near = {name: float(row(name) @ row("church")) for name in KEEP}
@@ -424,7 +424,7 @@ def test_similar_names_are_dropped(shared_model):
 
 
 def test_without_a_list_the_world_or_coco_is_retained(shared_model):
-    names, prompts = advunlearn.retained(shared_model, [Concept("dog")], [], advunlearn.Config())
+    names, prompts = advunlearn.retained(shared_model, [Concept("dog")], [], ("a photo of {}",))
     assert len(advunlearn.COCO) == len(set(advunlearn.COCO)) == 80
     assert len(names) == 78 and "hot dog" not in names  # nor "dog"
     assert prompts[0] == "a photo of person"

@@ -1,7 +1,7 @@
 """One paper, one file. A method is a module with `Config`, `PRESETS` and `fit`."""
 
-from erasekit.methods import advunlearn, esd, rece, uce
+from erasekit.methods import advunlearn, esd, rece, trce, uce
 
-METHODS = {"uce": uce, "esd": esd, "rece": rece, "advunlearn": advunlearn}
+METHODS = {"uce": uce, "esd": esd, "rece": rece, "trce": trce, "advunlearn": advunlearn}
 
-__all__ = ["METHODS", "advunlearn", "esd", "rece", "uce"]
+__all__ = ["METHODS", "advunlearn", "esd", "rece", "trce", "uce"]

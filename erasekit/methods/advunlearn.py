@@ -134,12 +134,19 @@ COCO = (
 
 
 def retained(
-    model: DiffusionModel, erased: Sequence[Concept], preserve: Sequence[Concept], config: Config
+    model: DiffusionModel,
+    erased: Sequence[Concept],
+    preserve: Sequence[Concept],
+    templates: Sequence[str],
+    *,
+    similarity: float = 1.0,
+    null: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """Names and prompts of the retain set: `preserve`, or all concepts of the emoji world, or COCO's categories.
+    """Names and prompts of a retain set: `preserve`, or all concepts of the emoji world, or COCO's categories, the
+    templates taken in turn; null adds the empty prompt.
 
-    A name that shares a word with an erased one or its synonyms is left out, and one that is too similar to it
-    (retain_similarity); so is a prompt with such a word. The paper lets a language model do this by hand.
+    A name that shares a word with an erased one or its synonyms is left out, and one whose sentence row is at least so
+    similar to it (cosine); so is a prompt with such a word. The paper lets a language model do this by hand.
     """
     kept = list(preserve)
     if not kept and model.preset == "emoji":
@@ -147,24 +154,32 @@ def retained(
 
         kept = [Concept(one.name) for one in data.concepts()]
     kept = kept or [Concept(name) for name in COCO]
-    words = {
-        word for one in erased for phrase in (one.name, *one.synonyms) for word in phrase.lower().split()
+    phrases = [phrase for one in erased for phrase in (one.name, *one.synonyms)]
+    words = {word for phrase in phrases for word in phrase.lower().split()} - {
+        "a",
+        "an",
+        "and",
+        "of",
+        "the",
+        "with",
     }
     clean = lambda text: not words & set(text.lower().split())
     kept = [one for one in kept if clean(one.name)]
-    if config.retain_similarity < 1 and kept:
+    if similarity < 1 and kept:
         rows = F.normalize(_sentence(model, [one.name for one in (*kept, *erased)]), dim=1)
         near = (rows[: len(kept)] @ rows[len(kept) :].T).amax(1)
-        kept = [one for one, s in zip(kept, near.tolist(), strict=True) if s < config.retain_similarity]
-    templates = [t for t in config.retain_templates if clean(t.replace("{}", ""))]
+        kept = [one for one, s in zip(kept, near.tolist(), strict=True) if s < similarity]
+    templates = [t for t in templates if clean(t.replace("{}", ""))]
     if not kept or not templates:
-        raise ValueError("nothing is left to retain: preserve other concepts, or raise retain_similarity")
+        raise ValueError(
+            "nothing is left to retain: preserve other concepts, or raise the limit of similarity"
+        )
     prompts = [
         fill(template, one.name)[0]
         for i, one in enumerate(kept)
         for template in (one.templates or [templates[i % len(templates)]])
     ]
-    return [one.name for one in kept], [p for p in prompts if clean(p)] + [""] * config.retain_null
+    return [one.name for one in kept], [p for p in prompts if clean(p)] + [""] * null
 
 
 def _sentence(model: DiffusionModel, phrases: list[str]) -> Tensor:
@@ -302,7 +317,10 @@ def fit(
     prompts = esd.erase_prompts(erased, config.templates)
     names, kept = [], []
     if config.gamma:
-        names, kept = retained(model, erased, model.concepts(preserve), config)
+        names, kept = retained(
+            model, erased, model.concepts(preserve), config.retain_templates,
+            similarity=config.retain_similarity, null=config.retain_null,
+        )  # fmt: skip
 
     encoder, unet, in_text = model.text_encoder, model.unet, config.part == "text"
     if in_text:

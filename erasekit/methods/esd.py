@@ -307,8 +307,11 @@ def descend(
     callback: Callable[[dict], None] | None,
     folder: Path | None,
     progress: bool,
+    *,
+    weight_decay: float = 0.0,
+    clear: bool = True,
 ) -> None:
-    """Minimize the loss over the trainable parameters of `module` by Adam, as both papers do.
+    """Minimize the loss over the trainable parameters of `module` by Adam, as the papers do.
 
     Checkpoints lie in a folder of their own for the same model, settings, prompts and generator, so that an interrupted
     run goes on; they are deleted at the end.
@@ -319,8 +322,8 @@ def descend(
     with frozen(model.unet, model.text_encoder), mixed(model):
         optimize(
             method, module, loss, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
-            betas=(0.9, 0.999), weight_decay=0.0, clip=float("inf"), decay=0.0, callback=callback, folder=place,
-            save_every=SAVE_EVERY, progress=progress,
+            betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=float("inf"), decay=0.0,
+            callback=callback, folder=place, save_every=SAVE_EVERY, progress=progress,
         )  # fmt: skip
     for file in place.glob("*"):
         file.unlink()

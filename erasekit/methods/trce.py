@@ -1,0 +1,470 @@
+"""TRCE: reliable erasure of malicious concepts (Chen et al., ICCV 2025, arXiv 2503.07389).
+
+Stage 1 maps the first end token of malicious prompts, in which CLIP gathers the sentence whether or not it names the
+concept, to that of the same prompt with a safe phrase; for every key and value projection W at once
+
+    min_W'  1/n sum_i ||W' e^m_i - W e^s_i||^2 + eta sum_j ||W' e^k_j - W e^k_j||^2
+
+which is UCE's problem, so the answer is one map of the text embeddings. Stage 2 trains the UNet's visual layers on the
+early half of the way to a malicious picture, to prefer a safe direction to the unsafe one by a margin:
+
+    f(c)  = eps*(z, 0) + beta (eps*(z, c) - eps*(z, 0))             of the model before any edit
+    L_erase = max(||eps(z) - f(c^s)||^2 - ||eps(z) - f(c^m)||^2 + delta, 0)
+    L = L_erase + lambda ||eps(z^u, 0) - eps_1(z^u, 0)||^2          z^u: on the way to an unconditional picture
+
+The difference of the two norms is linear in eps(z): with D = f(c^s) - f(c^m) = beta (eps*(z, c^s) - eps*(z, c^m)) it is
+-2 mean(eps(z) D) + k, and D and k do not depend on what is trained. They are computed once.
+
+Notation (code -> paper): malicious, safe -> e^m, e^s; preserved -> e^k; eta -> eta; beta -> beta; margin -> delta;
+lam -> lambda. The paper's text could not be read beyond its beginning: objectives are from its authors' pages, numbers
+from their code [code], which has no licence; nothing of it was copied.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from erasekit import closed_form
+from erasekit.attacks.common import check
+from erasekit.closed_form import ContextMap
+from erasekit.concepts import (
+    Concept,
+    check_templates,
+    eot_position,
+    fill,
+    subject_span,
+    token_ids,
+)
+from erasekit.edits import Edit
+from erasekit.evaluate import runs
+from erasekit.layers import text_projected_once, unet_parameters
+from erasekit.methods import esd
+from erasekit.methods.advunlearn import retained
+from erasekit.models import DiffusionModel
+from erasekit.paths import DATA, replacing
+from erasekit.sampling import walk
+
+Token = Literal["sot", "key", "eot", "last", "all"]
+Stages = Literal["both", "text", "trajectory"]
+PHRASES = DATA / "trce" / "phrases.csv"
+
+# ours; the paper's come from another project
+TEMPLATES = (
+    "{}", "a photo of {}", "a picture of {}", "an image depicting {}", "a close view of {}", "a drawing of {}",
+    "a painting of {}", "{} in the foreground", "a scene with {}", "a detailed photo of {}", "somebody with {}",
+    "{} seen from afar", "a dark picture of {}", "a bright picture of {}", "an old photo of {}",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of TRCE; symbols in the module docstring.
+
+    stages: "text" (stage 1), "trajectory" (stage 2 on the unedited model), "both". tokens: rows of a malicious prompt
+    that are mapped: "eot" to the safe prompt's first end token; "sot", "last" (the last position), "all" to the same
+    of the safe prompt; "key" (the phrase) to its last position [code]. eta: weight of each preserved row beside the
+    mean over the erased ones. lam: ridge; the paper has none. templates: for phrases and safe phrases alike. anchor:
+    the safe phrase of a concept that has none of its own. keep_templates: for preserved captions, taken in turn.
+    beta: guidance of f. margin: delta. weight: lambda. sampler: steps of the sampler that draws the ways; early: the
+    first so many are used. guidance, noises: of these ways, and ways per prompt. calm: unconditional ways. iterations,
+    lr, batch: of AdamW; keep_batch: rows of the preservation. branches: "both" puts the hinge on the conditional and on
+    the unconditional prediction [code], "text" on the first alone. reference: "stage1" [code] or "original" (the
+    paper's eps) is what the unconditional prediction is held to. faithful: the slips of the code: the end token found
+    by counting words, latents one step ahead of their time steps, gradients of all steps added up.
+    """
+
+    stages: Stages = "both"
+    tokens: tuple[Token, ...] = ("eot",)
+    eta: float = 1e-4
+    lam: float = 0.0
+    templates: tuple[str, ...] = TEMPLATES
+    anchor: str = " "
+    keep_templates: tuple[str, ...] = ("a photo of {}",)
+    beta: float = 16.0
+    margin: float = 0.01
+    weight: float = 100.0
+    sampler: int = 50
+    early: int = 25
+    guidance: float = 3.0
+    noises: int = 5
+    calm: int = 400
+    iterations: int = 300
+    lr: float = 1e-6
+    batch: int = 1
+    keep_batch: int = 4
+    branches: Literal["both", "text"] = "both"
+    reference: Literal["stage1", "original"] = "stage1"
+    faithful: bool = False
+
+    def __post_init__(self):
+        least = {
+            "sampler": 1,
+            "early": 1,
+            "noises": 1,
+            "calm": 1,
+            "iterations": 1,
+            "batch": 1,
+            "keep_batch": 1,
+        }
+        check(self, eta=0, lam=0, beta=0, margin=0, weight=0, lr=0, **least)
+        kinds = {
+            "stages": Stages,
+            "branches": Literal["both", "text"],
+            "reference": Literal["stage1", "original"],
+        }
+        for name, choices in kinds.items():
+            if getattr(self, name) not in get_args(choices):
+                given = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {given!r}")
+        if not self.tokens or set(self.tokens) - set(get_args(Token)):
+            raise ValueError(f"tokens must be some of {', '.join(get_args(Token))}, got {self.tokens!r}")
+        if self.early > self.sampler:
+            raise ValueError(f"early must be at most sampler ({self.sampler}), got {self.early}")
+        if self.guidance <= 1:
+            raise ValueError(f"the ways are drawn with guidance above 1, got {self.guidance}")
+        for templates in (self.templates, self.keep_templates):
+            check_templates(templates)
+            if not templates:
+                raise ValueError("there must be at least one template")
+
+
+PRESETS = {
+    # ours, for the captions of the emoji world
+    "emoji": Config(
+        eta=1e-3, lam=1e-3, templates=esd.EMOJI_TEMPLATES, keep_templates=esd.EMOJI_TEMPLATES, beta=4.0, weight=10.0,
+        sampler=24, early=12, noises=1, calm=32, iterations=200, lr=1e-4, batch=4, keep_batch=8,
+    ),
+    # the authors' code; eta is s^2 / 3e4 with s = 0.01 on sums over (probably) 30,000 captions
+    "sd14-nudity": Config(),
+    "sd14-unsafe": Config(eta=4e-4, iterations=900, noises=5),
+    "sd14-object": Config(),
+}  # fmt: skip
+
+
+# Stage 1
+
+
+@cache
+def _phrases() -> dict[str, tuple[tuple[str, str], ...]]:
+    found: dict[str, list] = {}
+    with PHRASES.open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["concept"], []).append((row["phrase"], row["safe"]))
+    return {concept: tuple(pairs) for concept, pairs in found.items()}
+
+
+def phrases(concept: Concept, anchor: str | None, config: Config) -> list[tuple[str, str]]:
+    """(malicious, safe) phrases of a concept: those of `data/trce/phrases.csv`, else its name and synonyms.
+
+    Safe is `anchor`, else the concept's own, else the file's, else the config's.
+    """
+    listed = _phrases().get(concept.name, ())
+    words = dict(listed) or dict.fromkeys((concept.name, *concept.synonyms), config.anchor)
+    instead = anchor if anchor is not None else concept.anchor
+    return [(phrase, safe if instead is None else instead) for phrase, safe in words.items()]
+
+
+def pairs(erased: Sequence[Concept], anchor: str | None, config: Config) -> list[tuple[str, str, str, str]]:
+    """(malicious prompt, its phrase, safe prompt, concept), without repeats."""
+    found = {}
+    for concept in erased:
+        for template in concept.templates or config.templates:
+            for phrase, safe in phrases(concept, anchor, config):
+                found[fill(template, phrase)[0]] = (phrase, fill(template, safe)[0], concept.name)
+    return [(malicious, *rest) for malicious, rest in found.items()]
+
+
+def first_end(tokenizer, prompt: str, faithful: bool = False) -> int:
+    """Position of the first end token; with `faithful` where the code looks for it, behind as many tokens as there are
+    words: too early wherever a word has several pieces.
+    """
+    if faithful:
+        return min(len(prompt.split()) + 1, tokenizer.model_max_length - 1)
+    return int(eot_position(tokenizer, token_ids(tokenizer, [prompt]))[0])
+
+
+def rows(
+    model: DiffusionModel, given: Sequence[tuple[str, str, str, str]], config: Config
+) -> tuple[Tensor, Tensor]:
+    """Source and target rows (n, d), float64, of the pairs; one row per pair and token, the whole prompt for "all"."""
+    prompts = list(dict.fromkeys(prompt for malicious, _, safe, _ in given for prompt in (malicious, safe)))
+    table = dict(zip(prompts, model.encode(prompts).double(), strict=True))
+    tokenizer, sources, targets = model.tokenizer, [], []
+    for malicious, phrase, safe, _ in given:
+        old, new = table[malicious], table[safe]
+        at = lambda prompt: first_end(tokenizer, prompt, config.faithful)
+        for token in config.tokens:
+            if token == "all":
+                taken = [(old, new)]
+            elif token == "key":
+                span = subject_span(tokenizer, malicious, phrase)
+                taken = [(old[list(span)], new[-1:].expand(len(span), -1))]
+            else:
+                i, j = {"sot": (0, 0), "eot": (at(malicious), at(safe)), "last": (-1, -1)}[token]
+                taken = [(old[i][None], new[j][None])]
+            for source, target in taken:
+                sources.append(source)
+                targets.append(target)
+    return torch.cat(sources), torch.cat(targets)
+
+
+def solve(sources: Tensor, targets: Tensor, preserved: Tensor | None, config: Config) -> ContextMap:
+    """The map of stage 1, float64."""
+    return closed_form.solve(
+        sources, targets, preserved, erase_scale=1 / len(sources), preserve_scale=config.eta, lam=config.lam
+    )
+
+
+# Stage 2
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """Points on the early part of the ways to malicious pictures: latents (m, channels, height, width) and directions
+    D of the same shape in half precision, offsets k (m,), time steps (m,), and the row of the prompt (m,).
+    """
+
+    latents: Tensor
+    directions: Tensor
+    offsets: Tensor
+    timesteps: Tensor
+    prompts: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(getattr(self, name).nbytes for name in TRAJECTORY)
+
+
+TRAJECTORY = ("latents", "directions", "offsets", "timesteps", "prompts")
+
+
+def hinge(predicted: Tensor, directions: Tensor, offsets: Tensor, margin: float) -> Tensor:
+    """max(mean (x - f_s)^2 - mean (x - f_u)^2 + margin, 0) of each row (n,), as -2 mean(x D) + k: two large numbers
+    are never subtracted.
+    """
+    inner = (predicted.float() * directions.float()).flatten(1).mean(1)
+    return (offsets - 2 * inner + margin).relu()
+
+
+def directions(text: Tensor, safe: Tensor, uncond: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """D and k of predictions (n, ...) for the malicious, the safe and the empty prompt."""
+    f_s, f_u = (uncond + beta * (one - uncond) for one in (safe.float(), text.float()))
+    return f_s - f_u, f_s.square().flatten(1).mean(1) - f_u.square().flatten(1).mean(1)
+
+
+def trajectories(
+    model: DiffusionModel,
+    malicious: Sequence[str],
+    safe: Sequence[str],
+    seed: int,
+    config: Config,
+    folder: Path | None = None,
+) -> Trajectories:
+    """`noises` ways for each malicious prompt, drawn by the model as it is. Kept in pieces of which a kill costs one at
+    most; a piece that is damaged is drawn again.
+    """
+    text, instead, empty = model.encode(list(malicious)), model.encode(list(safe)), model.encode("")[0]
+    ways = [(p, n) for n in range(config.noises) for p in range(len(malicious))]
+    size = model.fixed_batch or 16
+    what = [model.fingerprint(), runs.edits_in_force(model), dict(model.scheduler.config), model.dtype]
+    what += [
+        model.device.type,
+        list(malicious),
+        list(safe),
+        seed,
+        config.guidance,
+        config.sampler,
+        config.early,
+    ]
+    what += [config.noises, config.beta, config.faithful]
+    key = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
+    place = (folder or esd.FOLDER) / "trajectories" / key
+
+    @torch.no_grad()
+    def piece(first: int) -> dict[str, Tensor]:
+        part = ways[first : first + size]
+        prompt = torch.tensor([p for p, _ in part])
+        at = prompt.to(model.device)
+        points: list[list[Tensor]] = []
+        own = [torch.Generator().manual_seed(seed + 7919 * p + n) for p, n in part]
+        for step in walk(
+            model.unet, model.scheduler, text[at], empty.expand_as(text[at]), own, steps=config.sampler,
+            guidance=config.guidance, size=(model.unet.config.sample_size,) * 2,
+        ):  # fmt: skip
+            if step["step"] >= config.early:
+                break
+            x, t = step["sample"], step["timestep"]
+            predict = lambda x, rows, t=t: model.unet(x, t, encoder_hidden_states=rows, return_dict=False)[0]
+            told, uncond = step["text"], step["uncond"]
+            if config.faithful:  # the code keeps what the step made, with the time step it was made at
+                x = step["latents"]
+                told, uncond = predict(x, text[at]), predict(x, empty.expand_as(text[at]))
+            d, k = directions(told, predict(x, instead[at]), uncond, config.beta)
+            points.append([x.half(), d.half(), k, torch.full((len(part),), t), prompt])
+        columns = (torch.stack(column, 1).flatten(0, 1) for column in zip(*points, strict=True))
+        return {name: value.cpu().contiguous() for name, value in zip(TRAJECTORY, columns, strict=True)}
+
+    def kept(first: int) -> dict[str, Tensor]:
+        file = place / f"{first:06}.safetensors"
+        if (found := _read(file)) is None:
+            found = piece(first)
+            with replacing(file) as temporary:
+                save_file(found, temporary, {"digest": _digest(found)})
+        return found
+
+    with text_projected_once(model.unet):
+        parts = model._map(kept, range(0, len(ways), size))
+    return Trajectories(*(torch.cat([part[name] for part in parts]) for name in TRAJECTORY))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in TRAJECTORY:
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            found = {name: opened.get_tensor(name) for name in TRAJECTORY}
+            return found if opened.metadata()["digest"] == _digest(found) else None
+    except Exception:  # noqa: BLE001 - whatever is wrong with a cached file, it is drawn again
+        return None
+
+
+# Both
+
+
+def fit(
+    model: DiffusionModel,
+    erase: str | Concept | Sequence[str | Concept],
+    preserve: str | Concept | Sequence[str | Concept] = (),
+    *,
+    anchor: str | Concept | None = None,
+    config: Config | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[dict], None] | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Edit:
+    """Erase concepts in both stages, or in one; returns a context_map Edit for stages="text", else a weight_delta that
+    holds the map as its first stage (`Edit.first_stage`).
+
+    anchor: the safe phrase. preserve: what captions are kept in stage 1; when empty, all other concepts of the emoji
+    world, or COCO's categories. callback: after stage 1 (step -1) rank and the relative residuals of the erased rows
+    and of the preserved ones; in stage 2 at every iteration step, loss, erase, keep, and active, the share of rows with
+    a gradient. generator, folder and errors as in `esd.fit`.
+    """
+    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
+    erased = model.concepts(erase)
+    if not erased:
+        raise ValueError("there is nothing to erase: name at least one concept")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    instead = anchor.name if isinstance(anchor, Concept) else anchor
+    if isinstance(anchor, str) and anchor.strip():
+        model.concepts(anchor)  # an unknown anchor is an error, as an unknown concept is
+    given = pairs(erased, instead, config)
+    about = [
+        replace(one, synonyms=tuple(phrase for phrase, _ in phrases(one, instead, config))) for one in erased
+    ]
+    concepts = {
+        "erase": [one.name for one in erased],
+        "anchor": list(dict.fromkeys(safe for one in erased for _, safe in phrases(one, instead, config))),
+        "preserve": [],
+    }
+    named = dict(method="trce", config=config, concepts=concepts)
+
+    first = None
+    if config.stages != "trajectory":
+        names, captions = retained(model, about, model.concepts(preserve), config.keep_templates, null=True)
+        concepts["preserve"] = names
+        kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
+        sources, targets = rows(model, given, config)
+        first = solve(sources, targets, kept, config)
+        if callback is not None:
+            relative = lambda a, b: float((first.apply(a) - b).norm() / (a - b if a is not b else b).norm())
+            callback(
+                {
+                    "step": -1,
+                    "rank": first.compressed(1e-7).rank,
+                    "erase_residual": relative(sources, targets),
+                    "preserve_drift": relative(kept, kept),
+                }
+            )
+        if config.stages == "text":
+            return Edit.from_context_map(first, model, **named)
+
+    change = steer(model, first, given, config, generator, callback, folder, progress)
+    return Edit.from_weight_delta(change, model, first, **named)
+
+
+def steer(
+    model: DiffusionModel,
+    first: ContextMap | None,
+    given: Sequence[tuple[str, str, str, str]],
+    config: Config,
+    generator: torch.Generator,
+    callback: Callable[[dict], None] | None,
+    folder: Path | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Stage 2: what is added to self-attention and to the queries of cross-attention, in half precision."""
+    malicious, safe = [one[0] for one in given], [one[2] for one in given]
+    seed = int(torch.randint(2**31, (), generator=generator))
+    points = trajectories(model, malicious, safe, seed, config, folder)
+    calm = esd.States(
+        model, [""], seed + 1, config.guidance, config.sampler, "cached", config.calm, folder=folder
+    )
+    start = model.copy() if first is None else Edit.from_context_map(first, model).merged(model)
+    unet = esd.trainee(start.unet, unet_parameters(start.unet, "visual"))
+    text, empty, device = model.encode(malicious), model.encode("")[0], model.device
+
+    def loss(step: int, generator: torch.Generator) -> dict:
+        picked = torch.randint(len(points.timesteps), (config.batch,), generator=generator)
+        at = lambda name: getattr(points, name)[picked].to(device)
+        z, d, k, t = at("latents").to(model.dtype), at("directions"), at("offsets"), at("timesteps")
+        own = text[points.prompts[picked].to(device)]
+        still = calm.at(calm.pick(torch.zeros(config.keep_batch, dtype=torch.long), generator))
+        none = lambda n: empty.expand(n, -1, -1)
+        x, times, context = [z], [t], [own]
+        if config.branches == "both":
+            x, times, context = [*x, z], [*times, t], [*context, none(len(z))]
+        x, times, context = [*x, still.sample], [*times, still.timestep], [*context, none(config.keep_batch)]
+        out = unet(
+            torch.cat(x), torch.cat(times), encoder_hidden_states=torch.cat(context), return_dict=False
+        )[0]
+        steered, calmly = out[: -config.keep_batch], out[-config.keep_batch :]
+        repeat = len(steered) // len(z)
+        losses = hinge(steered, d.repeat(repeat, 1, 1, 1), k.repeat(repeat), config.margin)
+        wanted = still.uncond
+        if config.reference == "stage1":
+            with torch.no_grad():
+                wanted = start.unet(
+                    still.sample,
+                    still.timestep,
+                    encoder_hidden_states=none(config.keep_batch),
+                    return_dict=False,
+                )[0]
+        erase, keep = losses.mean(), (calmly.float() - wanted.float()).square().mean()
+        active = (losses.detach() > 0).float().mean()
+        return {"loss": erase + config.weight * keep, "erase": erase, "keep": keep, "active": active}
+
+    esd.descend(
+        "trce", model, unet, loss, config, [*malicious, *safe], generator, callback, folder, progress,
+        weight_decay=0.01, clear=not config.faithful,
+    )  # fmt: skip
+    return esd.delta(unet, start.unet, "unet")
