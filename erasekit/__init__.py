@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from erasekit import attacks, closed_form, evaluate
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import advunlearn, esd, rece, trce, uce
+    from erasekit.methods import advunlearn, esd, mace, realera, rece, trce, uce
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -34,7 +34,9 @@ __all__ = [
     "evaluate",
     "uce",
     "esd",
+    "mace",
     "rece",
+    "realera",
     "trce",
     "advunlearn",
 ]
@@ -49,6 +51,8 @@ _HOME = {
     "esd": "erasekit.methods",
     "rece": "erasekit.methods",
     "trce": "erasekit.methods",
+    "mace": "erasekit.methods",
+    "realera": "erasekit.methods",
     "advunlearn": "erasekit.methods",
 }
 

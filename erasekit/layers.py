@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -181,14 +182,14 @@ class AttentionMaps:
 class _Recorder:
     """An attention processor that notes softmax(q k^T) and leaves the result to the processor it wraps."""
 
-    def __init__(self, wrapped, layer: str, maps: AttentionMaps):
-        self.wrapped, self.layer, self.maps = wrapped, layer, maps
+    def __init__(self, wrapped, note: Callable[[Tensor], None]):
+        self.wrapped, self.note = wrapped, note
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         scores = attn.get_attention_scores(query, key)  # (batch * heads, pixels, tokens)
-        self.maps.add(self.layer, scores.detach().unflatten(0, (-1, attn.heads)).mean(1))
+        self.note(scores.unflatten(0, (-1, attn.heads)))
         return self.wrapped(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
 
@@ -198,12 +199,27 @@ def record_attention(unet: nn.Module) -> Iterator[AttentionMaps]:
 
     The pictures are the same with and without recording; the processors are put back on exit.
     """
-    maps, modules = AttentionMaps(), cross_attention(unet)
+    maps = AttentionMaps()
+    with _recording(unet, lambda name, seen: maps.add(name, seen.detach().mean(1))):
+        yield maps
+
+
+@contextmanager
+def attention_with_gradient(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """{layer: probabilities (batch, heads, pixels, tokens)} of the last UNet call inside the block, with gradient."""
+    seen: dict[str, Tensor] = {}
+    with _recording(unet, seen.__setitem__):
+        yield seen
+
+
+@contextmanager
+def _recording(unet: nn.Module, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    modules = cross_attention(unet)
     before = {name: module.processor for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.set_processor(_Recorder(before[name], name, maps))
-        yield maps
+            module.set_processor(_Recorder(before[name], partial(note, name)))
+        yield
     finally:
         for name, module in modules.items():
             module.set_processor(before[name])

@@ -210,6 +210,12 @@ class States:
         kept = load_file(file)
         self.table = [State(*(kept[name][i] for name in STATE)) for i in range(len(ways))]
 
+    def timesteps(self) -> Tensor:
+        """Time step of each node, (sampler,)."""
+        scheduler = copy.deepcopy(self.model.scheduler)
+        scheduler.set_timesteps(self.sampler)
+        return scheduler.timesteps.flip(0)
+
     def pick(self, prompt: Tensor, generator: torch.Generator) -> Picks:
         """Noise, node and offset for each prompt (n,), uniformly."""
         draw = lambda high: torch.randint(high, prompt.shape, generator=generator)
@@ -252,9 +258,7 @@ class States:
         if self.faithful:
             t = picks.node * (self.model.scheduler.config.num_train_timesteps // self.sampler) + picks.offset
         else:
-            scheduler = copy.deepcopy(self.model.scheduler)
-            scheduler.set_timesteps(self.sampler)
-            t = scheduler.timesteps.flip(0)[picks.node]
+            t = self.timesteps()[picks.node]
         return torch.stack([found[row] for row in range(len(done))]), t.to(self.model.device)
 
     def _walk(self, prompt: Tensor, noise: Tensor, skip: int = 0):
@@ -310,6 +314,7 @@ def descend(
     *,
     weight_decay: float = 0.0,
     clear: bool = True,
+    clip: float = float("inf"),
 ) -> None:
     """Minimize the loss over the trainable parameters of `module` by Adam, as the papers do.
 
@@ -322,7 +327,7 @@ def descend(
     with frozen(model.unet, model.text_encoder), mixed(model):
         optimize(
             method, module, loss, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
-            betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=float("inf"), decay=0.0,
+            betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=clip, decay=0.0,
             callback=callback, folder=place, save_every=SAVE_EVERY, progress=progress,
         )  # fmt: skip
     for file in place.glob("*"):

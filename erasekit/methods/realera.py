@@ -1,0 +1,480 @@
+"""RealEra: erasing a concept with its neighbours (Liu et al., arXiv 2410.09140). RECONSTRUCTION.
+
+The authors published no code, and of the paper only abstract, project page and summaries could be read. Known from
+them: a neighbour concept is e + eta with ||eta|| <= D_1 and cos(e, e + eta) in [S_1, S_2]; neighbours are erased with
+the concept, and beyond concepts outside that region are held fast, both in a closed form on the cross-attention and in
+a LoRA that aligns predicted noise. Everything else here is our reconstruction, and every such choice a field of Config.
+
+    closed form   min_W'  sum_i ||W' (e + eta_i) - W e_g||^2 + lambda_b sum_j ||W' b_j - W b_j||^2
+                          + lambda_p sum ||W' e_p - W e_p||^2 + lam ||W' - W||^2,   eta_0 = 0
+    LoRA          min  ||eps'(x_t, e) - T||^2 + lambda_n mean_i ||eps'(x_t, e + eta_i) - T||^2
+                       + lambda_far mean_j ||eps'(x_t, b_j) - eps(x_t, b_j)||^2
+
+A warning in the algebra: neighbours in all directions alike are, for a linear map, a ridge towards the zero map; what
+lies across e fades to (lambda_b m tau^2 + lam) / (n sigma^2 + lambda_b m tau^2 + lam) of itself (`attenuation`).
+Neighbours in the few directions in which related words lie (mode "subspace") are not.
+
+Notation (code -> paper): radius -> D_1, in lengths of e; s_low, s_high -> S_1, S_2; anchor -> g, the mapping concept.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erasekit import closed_form
+from erasekit.attacks.common import as_text, check, vocabulary
+from erasekit.closed_form import ContextMap
+from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
+from erasekit.edits import Edit
+from erasekit.layers import cross_attention_kv
+from erasekit.methods import esd, mace
+from erasekit.methods.advunlearn import retained
+from erasekit.models import DiffusionModel
+
+Mode = Literal["toward_gaussian", "shell", "subspace"]
+Scope = Literal["token", "sequence"]
+Target = Literal["mapping", "esd", "unconditional"]
+TRIES = 1000  # a sampler that rejects gives up after so many rounds
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of RealEra; every field a RECONSTRUCTION, symbols in the module docstring.
+
+    closed_form, lora, neighbour, beyond: the four parts, each on or off. anchor: the mapping concept. templates:
+    prompts with one {} for both. mode: how neighbours are drawn; "toward_gaussian" on rays towards random points, as a
+    re-implementation in another paper's code does; "shell" at exact cosines in all directions; "subspace" the same in
+    the directions of related words. scope: perturb the concept's rows and the first end row, each by itself ("token"),
+    or the whole prompt without its start row as one vector ("sequence"). radius, s_low, s_high: the neighbourhood. n,
+    m: neighbours and beyond concepts of each prompt in the closed form; lora_n, lora_m: of each row in the LoRA, drawn
+    anew at every iteration. lambda_b, lambda_p, lam: closed form, whose sums over erased and beyond rows are means
+    here. directions: of the subspace; words: related words that span it. keep_templates: captions preserved. target: T,
+    the prediction for the mapping concept, ESD's, or the unconditional one. eta: of ESD's. lambda_n, lambda_far: LoRA.
+    rank, lr, iterations, batch: of the LoRA. focal: MACE's time steps instead of all alike. guidance, sampler, noises:
+    how x_t is drawn, as in ESD. fuse, lambda_2: ridge and preservation when several LoRAs are fused, as in MACE.
+    """
+
+    closed_form: bool = True
+    lora: bool = True
+    neighbour: bool = True
+    beyond: bool = True
+    anchor: str = " "
+    templates: tuple[str, ...] = ("a photo of the {}", "a picture of the {}", "{}")
+    mode: Mode = "toward_gaussian"
+    scope: Scope = "token"
+    radius: float = 1.63
+    s_low: float = 0.5
+    s_high: float = 0.9
+    n: int = 5
+    m: int = 3
+    lora_n: int = 5
+    lora_m: int = 3
+    lambda_b: float = 1.0
+    lambda_p: float = 1e-4
+    lam: float = 1e-3
+    directions: int = 8
+    words: int = 50
+    keep_templates: tuple[str, ...] = ("a photo of {}",)
+    target: Target = "mapping"
+    eta: float = 1.0
+    lambda_n: float = 1.0
+    lambda_far: float = 1.0
+    rank: int = 1
+    lr: float = 1e-4
+    iterations: int = 300
+    batch: int = 1
+    focal: bool = False
+    guidance: float = 3.0
+    sampler: int = 50
+    noises: int = 8
+    fuse: float = 1e-3
+    lambda_2: float = 1e-4
+
+    def __post_init__(self):
+        counts = "n m lora_n lora_m directions words rank iterations batch noises".split()
+        least = dict.fromkeys(counts, 1) | {"sampler": 1}
+        zero = "radius lambda_b lambda_p lam lambda_n lambda_far lr fuse lambda_2".split()
+        check(self, **least, **dict.fromkeys(zero, 0))
+        for name, choices in (("mode", Mode), ("scope", Scope), ("target", Target)):
+            if getattr(self, name) not in get_args(choices):
+                given = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {given!r}")
+        if not -1 < self.s_low < self.s_high < 1:
+            raise ValueError(f"the window needs -1 < s_low < s_high < 1, got {self.s_low} and {self.s_high}")
+        if self.guidance <= 1:
+            raise ValueError(f"x_t is drawn with guidance above 1, got {self.guidance}")
+        if not (self.closed_form or self.lora):
+            raise ValueError("with neither closed form nor LoRA nothing is erased: switch one on")
+        for templates in (self.templates, self.keep_templates):
+            check_templates(templates)
+            if not templates:
+                raise ValueError("there must be at least one template")
+
+
+PRESETS = {
+    # ours, for the captions of the emoji world
+    "emoji": Config(
+        templates=esd.EMOJI_TEMPLATES, keep_templates=esd.EMOJI_TEMPLATES, mode="subspace", lambda_p=1e-3, lr=1e-3,
+        iterations=150, batch=2, sampler=25, noises=2,
+    ),
+    # ours: no setting of the authors is known; window, radius and counts of the re-implementation
+    "sd14-object": Config(),
+    "sd14-celebrity": Config(anchor="a person", s_low=0.75, s_high=0.95),
+    "sd14-artist": Config(anchor="art"),
+}  # fmt: skip
+
+
+# Neighbours and what lies beyond
+
+
+def _across(e: Tensor, count: int, generator: torch.Generator, basis: Tensor | None) -> Tensor:
+    """Unit vectors (count, rows x d) across e (rows, d): in all directions, or each row in those of an orthonormal
+    basis (r, d).
+    """
+    unit = F.normalize(e.flatten(), dim=0)
+    if basis is None:
+        drawn = torch.randn(count, *e.shape, generator=generator, dtype=torch.float64)
+    else:
+        drawn = torch.randn(count, len(e), len(basis), generator=generator, dtype=torch.float64) @ basis
+    drawn = drawn.flatten(1)
+    drawn = drawn - (drawn @ unit)[:, None] * unit
+    if (drawn.norm(dim=1) < 1e-9).any():
+        raise ValueError("the directions of the subspace lie along the concept itself: give more words")
+    return F.normalize(drawn, dim=1)
+
+
+def at_cosine(e: Tensor, cosine: Tensor, length: Tensor, across: Tensor) -> Tensor:
+    """Vectors (n, d) of `length` (in lengths of e) that have exactly this cosine with e (d,), given unit vectors across
+    it; their distance is ||e|| sqrt(1 + a^2 - 2 a c).
+    """
+    direction = cosine[:, None] * F.normalize(e, dim=0) + (1 - cosine**2).sqrt()[:, None] * across
+    return length[:, None] * e.norm() * direction
+
+
+def mine(
+    e: Tensor,
+    count: int,
+    config: Config,
+    generator: torch.Generator,
+    *,
+    basis: Tensor | None = None,
+    far: bool = False,
+) -> Tensor:
+    """Neighbours of e, (count, *e.shape) float64; with `far` beyond concepts, whose cosine lies below s_low.
+
+    e (rows, d) is one vector of all its rows, basis (r, d) is of each row. No further than radius x ||e||. ValueError
+    when the settings leave nothing to be found.
+    """
+    shape, table = e.shape, e.detach().double().cpu().reshape(-1, e.shape[-1])
+    e = table.flatten()
+    inside, limit = [], config.radius * e.norm()
+    uniform = lambda n, low, high: (
+        low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
+    )
+    for _ in range(TRIES):
+        need = count - sum(map(len, inside))
+        if need <= 0:
+            break
+        if config.mode == "toward_gaussian":
+            # a Gaussian point of about the length of e; only then do rays of this radius leave the window
+            point = torch.randn(4 * need, len(e), generator=generator, dtype=torch.float64)
+            towards = F.normalize(point * e.norm() / len(e) ** 0.5 - e, dim=1)
+            x = e + uniform(4 * need, 0, 1)[:, None] * limit * towards
+        else:
+            low, high = (min(0.0, config.s_low - 0.5), config.s_low) if far else (config.s_low, config.s_high)
+            within = None if far or config.mode == "shell" else basis
+            across = _across(table, need, generator, within)
+            x = at_cosine(e, uniform(need, low, high), uniform(need, 0.8, 1.2), across)
+        cosine = F.cosine_similarity(x, e[None], dim=1)
+        good = (x - e).norm(dim=1) <= limit * (1 + 1e-12)
+        good &= cosine < config.s_low if far else (cosine >= config.s_low) & (cosine <= config.s_high)
+        inside.append(x[good][:need])
+    found = torch.cat(inside)
+    if len(found) < count:
+        what = "beyond concepts" if far else "neighbours"
+        raise ValueError(f"no {what} with these settings: widen radius ({config.radius}) or the window")
+    return found.view(count, *shape)
+
+
+def related(model: DiffusionModel, concept: Concept, count: int) -> list[tuple[str, float]]:
+    """Words of the vocabulary whose last row in "a {}" is most like the concept's, with the cosine, the nearest first;
+    neither its name nor parts of it.
+    """
+    tokenizer = model.tokenizer
+    words = [as_text(tokenizer, [token]) for token in vocabulary(tokenizer).tolist()]
+    own = set(concept.name.lower().split())
+    words = [word for word in dict.fromkeys(words) if word.isalpha() and len(word) > 2 and word not in own]
+    rows = _last_rows(model, [concept.name, *words])
+    near = F.cosine_similarity(rows[1:], rows[:1], dim=1)
+    return [(words[i], float(near[i])) for i in near.argsort(descending=True)[:count].tolist()]
+
+
+def _last_rows(model: DiffusionModel, phrases: Sequence[str]) -> Tensor:
+    rows = model.encode([f"a {phrase}" for phrase in phrases]).double().cpu()
+    at = torch.tensor([slot_token(model.tokenizer, "a {}", phrase) for phrase in phrases])
+    return rows[torch.arange(len(phrases)), at]
+
+
+def subspace(model: DiffusionModel, concept: Concept, config: Config, siblings: Sequence[str] = ()) -> Tensor:
+    """Orthonormal directions (r, d) in which synonyms and related words differ from the concept, the strongest first;
+    those in which `siblings` differ from it are taken out.
+    """
+    kin = [word for word, _ in related(model, concept, config.words) if word not in siblings]
+    rows = _last_rows(model, [concept.name, *concept.synonyms, *kin, *siblings])
+    apart = rows[1:] - rows[:1]
+    own, others = apart[: len(apart) - len(siblings)], apart[len(apart) - len(siblings) :]
+    if len(siblings):
+        away = torch.linalg.qr(others.T)[0]
+        own = own - own @ away @ away.T
+    _, s, vh = torch.linalg.svd(own, full_matrices=False)
+    return vh[: min(config.directions, int((s > 1e-9 * s[0]).sum()))]
+
+
+def attenuation(n: int, sigma: float, m: int, tau: float, lambda_b: float, lam: float) -> float:
+    """What remains of a direction across e when n neighbours e + N(0, sigma^2) are erased and m beyond concepts
+    N(0, tau^2) are held fast: the expected factor rho of the closed form.
+    """
+    held = lambda_b * m * tau**2 + lam
+    return held / (n * sigma**2 + held)
+
+
+# Rows of a prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """A prompt with the concept and the same with the mapping concept: which rows are the concept's (its tokens and the
+    first end token), and the rows of the other prompt that they are mapped to.
+    """
+
+    prompt: str
+    other: str
+    rows: list[int]
+    targets: list[int]
+
+
+def aligned(tokenizer, template: str, phrase: str, anchor: str) -> Aligned:
+    """Tokens are matched from the last one backwards; surplus ones go to the first token of the mapping concept."""
+    prompt, other = fill(template, phrase)[0], fill(template, anchor)[0]
+    ends = [int(eot_position(tokenizer, token_ids(tokenizer, [text]))[0]) for text in (prompt, other)]
+    last, target = slot_token(tokenizer, template, phrase), slot_token(tokenizer, template, anchor)
+    count, theirs = len(content_ids(tokenizer, phrase)), max(1, len(content_ids(tokenizer, anchor)))
+    rows = [last - i for i in reversed(range(count))]
+    targets = [target - min(i, theirs - 1) for i in reversed(range(count))]
+    return Aligned(prompt, other, [*rows, ends[0]], [*targets, ends[1]])
+
+
+def perturbed(
+    e: Tensor,
+    rows: Sequence[int],
+    count: int,
+    config: Config,
+    generator: torch.Generator,
+    *,
+    basis: Tensor | None = None,
+    far: bool = False,
+) -> Tensor:
+    """Embeddings (count, length, d) of one prompt (length, d) with neighbours (or beyond concepts) in its rows, or as
+    a whole; the start row stays.
+    """
+    result = e.detach().double().cpu().repeat(count, 1, 1)
+    if config.scope == "sequence":
+        result[:, 1:] = mine(e[1:], count, config, generator, basis=basis, far=far)
+        return result
+    for row in rows:
+        result[:, row] = mine(e[row], count, config, generator, basis=basis, far=far)
+    return result
+
+
+# The two optimizations
+
+
+def closed(
+    model: DiffusionModel,
+    pairs: Sequence[Aligned],
+    bases: Sequence[Tensor | None],
+    preserved: Tensor | None,
+    config: Config,
+    generator: torch.Generator,
+) -> ContextMap:
+    """The closed form over the concept's rows, the words beside them (as in MACE), neighbours and beyond concepts."""
+    sources, targets, beyond = [], [], []
+    for pair, basis in zip(pairs, bases, strict=True):
+        e, e_g = model.encode([pair.prompt, pair.other]).double().cpu()
+        one, two = mace.beside(model.tokenizer, pair.prompt, pair.other)
+        sources += [e[one], e[pair.rows]]
+        targets += [e_g[two], e_g[pair.targets]]
+        draw = lambda count, far, e=e, pair=pair, basis=basis: perturbed(
+            e, pair.rows, count, config, generator, basis=basis, far=far
+        )[:, pair.rows]
+        if config.neighbour:
+            sources.append(draw(config.n, False).flatten(0, 1))
+            targets.append(e_g[pair.targets].repeat(config.n, 1))
+        if config.beyond:
+            beyond.append(draw(config.m, True).flatten(0, 1))
+    kept = [config.lambda_p**0.5 * preserved.cpu()] if preserved is not None else []
+    if beyond:
+        beyond = torch.cat(beyond)
+        kept.append((config.lambda_b / len(beyond)) ** 0.5 * beyond)
+    sources, targets = torch.cat(sources), torch.cat(targets)
+    return closed_form.solve(
+        sources, targets, torch.cat(kept) if kept else None, erase_scale=1 / len(sources), preserve_scale=1.0,
+        lam=config.lam,
+    )  # fmt: skip
+
+
+def align(
+    model: DiffusionModel,
+    start: DiffusionModel,
+    pairs: Sequence[Aligned],
+    basis: Tensor | None,
+    config: Config,
+    generator: torch.Generator,
+    callback: Callable[[dict], None] | None,
+    folder: Path | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """One concept's LoRA on `start`: {key or value weight: B A}. The teacher is the model before any edit."""
+    prompts = [pair.prompt for pair in pairs]
+    seed = int(torch.randint(2**31, (), generator=generator))
+    states = esd.States(
+        model, prompts, seed, config.guidance, config.sampler, "cached", config.noises, folder=folder
+    )
+    unet = mace.adapter(start, config.rank, generator)
+    text, mapped = model.encode(prompts), model.encode([pair.other for pair in pairs])
+    node_weights = torch.ones(config.sampler)
+    if config.focal:
+        node_weights = mace.focal(model.scheduler.config.num_train_timesteps)[states.timesteps()]
+    device, dtype = model.device, model.dtype
+
+    def predicted(net, state: esd.State, context: Tensor) -> Tensor:
+        """Predictions for several contexts (n, k, length, d) of each state's latents, (n, k, ...)."""
+        k = context.shape[1]
+        repeat = lambda x: x.repeat_interleave(k, 0)
+        out = net(
+            repeat(state.sample),
+            repeat(state.timestep),
+            encoder_hidden_states=context.flatten(0, 1),
+            return_dict=False,
+        )[0]
+        return out.unflatten(0, (-1, k))
+
+    def loss(step: int, generator: torch.Generator) -> dict:
+        prompt = torch.randint(len(pairs), (config.batch,), generator=generator)
+        picks = states.pick(prompt, generator)
+        if config.focal:
+            nodes = torch.multinomial(node_weights, config.batch, replacement=True, generator=generator)
+            picks = esd.Picks(picks.prompt, picks.noise, nodes, picks.offset)
+        state, own = states.at(picks), text[prompt.to(device)]
+        draw = lambda count, far: torch.stack(
+            [
+                perturbed(one, pairs[p].rows, count, config, generator, basis=basis, far=far)
+                for one, p in zip(own, prompt.tolist(), strict=True)
+            ]
+        ).to(device, dtype)
+        context = [own[:, None]]
+        if config.neighbour:
+            context.append(draw(config.lora_n, False))
+        far = draw(config.lora_m, True) if config.beyond else own[:, None][:, :0]
+        near = torch.cat(context, 1)
+        with torch.no_grad():
+            teacher = predicted(model.unet, state, torch.cat([mapped[prompt.to(device)][:, None], far], 1))
+        wanted = {
+            "mapping": lambda: teacher[:, 0],
+            "esd": lambda: state.target(config.eta),
+            "unconditional": lambda: state.uncond,
+        }[config.target]()
+        student = predicted(unet, state, torch.cat([near, far], 1)).float()
+        error = lambda a, b: (a - b.float()).square().mean()
+        terms = {"erase": error(student[:, 0], wanted)}
+        total = terms["erase"]
+        if config.neighbour:
+            terms["near"] = error(student[:, 1 : near.shape[1]], wanted[:, None])
+            total = total + config.lambda_n * terms["near"]
+        if config.beyond:
+            terms["far"] = error(student[:, near.shape[1] :], teacher[:, 1:])
+            total = total + config.lambda_far * terms["far"]
+        return {"loss": total, **terms}
+
+    esd.descend(
+        "realera", model, unet, loss, config, prompts, generator, callback, folder, progress, weight_decay=0.01,
+        clip=1.0,
+    )  # fmt: skip
+    return mace.products(unet)
+
+
+def fit(
+    model: DiffusionModel,
+    erase: str | Concept | Sequence[str | Concept],
+    preserve: str | Concept | Sequence[str | Concept] = (),
+    *,
+    anchor: str | Concept | None = None,
+    config: Config | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[dict], None] | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Edit:
+    """Erase concepts with their neighbours; returns a context_map for lora=False, else a weight_delta of keys and
+    values.
+
+    anchor: the mapping concept, else the concept's own, else the config's. preserve: captions that are kept, and, in
+    mode "subspace", siblings whose directions are left alone; when empty, all other concepts of the emoji world, or
+    COCO's categories, are kept. callback: after the closed form (step -1) rank; in the LoRA step, loss, erase, near,
+    far and concept. generator, folder and errors as in `esd.fit`.
+    """
+    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
+    erased = model.concepts(erase)
+    if not erased:
+        raise ValueError("there is nothing to erase: name at least one concept")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    siblings = model.concepts(preserve)
+    anchors = [mace.mapping(model, concept, anchor, config.anchor) for concept in erased]
+    names, captions = retained(model, erased, siblings, config.keep_templates, null=True)
+    kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
+    wanted = config.mode == "subspace" and config.neighbour
+    own_basis = [
+        subspace(model, concept, config, [one.name for one in siblings]) if wanted else None
+        for concept in erased
+    ]
+    own_pairs = [
+        [aligned(model.tokenizer, t, concept.name, instead) for t in concept.templates or config.templates]
+        for concept, instead in zip(erased, anchors, strict=True)
+    ]
+    concepts = {"erase": [one.name for one in erased], "anchor": anchors, "preserve": names}
+    named = dict(method="realera", config=config, concepts=concepts)
+
+    first = ContextMap.identity(kept.shape[1])
+    if config.closed_form:
+        flat = [(pair, basis) for pairs, basis in zip(own_pairs, own_basis, strict=True) for pair in pairs]
+        first = closed(model, [p for p, _ in flat], [b for _, b in flat], kept, config, generator)
+        if callback is not None:
+            callback({"step": -1, "rank": first.compressed(1e-7).rank})
+    if not config.lora:
+        return Edit.from_context_map(first, model, **named)
+
+    start = Edit.from_context_map(first, model).merged(model)
+    changes, keys = [], []
+    for concept, pairs, basis in zip(erased, own_pairs, own_basis, strict=True):
+        tell = (
+            None
+            if callback is None
+            else lambda state, name=concept.name: callback({**state, "concept": name})
+        )
+        changes.append(align(model, start, pairs, basis, config, generator, tell, folder, progress))
+        keys.append(model.encode([pair.prompt for pair in pairs]).flatten(0, 1))
+    weights = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
+    if len(changes) > 1:
+        fusion = mace.Config(lam=config.fuse, lambda_2=config.lambda_2)
+        moved = mace.fuse(weights, first, changes, keys, kept, fusion)
+    else:
+        moved = {
+            name: first.apply_to_weight(w.detach().double()) - w.detach().double() + changes[0][name].double()
+            for name, w in weights.items()
+        }
+    return Edit.from_weight_delta({f"unet.{k}": v.half() for k, v in moved.items()}, model, **named)
