@@ -162,7 +162,8 @@ class Edit:
 
         Context maps multiply, W' = (W T_self) T_other; deltas add. ValueError for different bases or kinds.
         """
-        if self.metadata["base"] != other.metadata["base"]:
+        of = "text_base" if self.kind == other.kind == "text_encoder" else "base"
+        if self.metadata[of] != other.metadata[of]:
             raise ValueError(
                 "the edits were made for different models: "
                 f"{self.metadata['base']} and {other.metadata['base']}"

@@ -5,7 +5,17 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
+
+
+def ddim(scheduler) -> DDIMScheduler:
+    """A DDIM scheduler with the noise schedule of any diffusers scheduler: as many time steps as steps, and UNet inputs
+    that are not rescaled. Training looks at x_t through it, whatever the model draws with.
+    """
+    config = scheduler.config
+    kept = {name: config.get(name, False) for name in ("clip_sample", "set_alpha_to_one")}
+    return DDIMScheduler.from_config(config, **kept)
 
 
 @torch.no_grad()

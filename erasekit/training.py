@@ -34,9 +34,10 @@ def save_checkpoint(
     path: Path, module, average, optimizer, step: int, generator, seconds: float, gradients: bool = False
 ) -> None:
     """Write module, EMA, AdamW moments and generator state to one safetensors file, atomically; gradients too where
-    they are added up.
+    they are added up. Parameters that are not trained are left out.
     """
-    tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
+    fixed = {k for k, v in module.named_parameters() if not v.requires_grad}
+    tensors = {f"module.{k}": v for k, v in module.state_dict().items() if k not in fixed}
     tensors |= {f"average.{k}": v for k, v in average.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
@@ -45,7 +46,7 @@ def save_checkpoint(
     tensors["generator"] = generator.get_state()
     with replacing(path) as temporary:
         save_file(
-            {k: v.detach().clone().contiguous() for k, v in tensors.items()},
+            {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()},
             temporary,
             metadata={"step": str(step), "seconds": json.dumps(seconds)},
         )
@@ -56,7 +57,11 @@ def load_checkpoint(path: Path, module, average, optimizer, generator) -> tuple[
     with safe_open(path, "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}
         metadata = file.metadata()
-    module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
+    state = {k[7:]: v for k, v in tensors.items() if k.startswith("module.")}
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    trained = {k for k, v in module.named_parameters() if v.requires_grad}
+    if unexpected or trained & set(missing):
+        raise ValueError(f"{path} is a checkpoint of other weights: delete it to begin anew")
     for k in average:
         average[k].copy_(tensors[f"average.{k}"])
     state: dict = {}
@@ -66,7 +71,8 @@ def load_checkpoint(path: Path, module, average, optimizer, generator) -> tuple[
             state.setdefault(int(i), {})[name] = v
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for k, v in module.named_parameters():
-        v.grad = tensors.get(f"gradient.{k}")
+        gradient = tensors.get(f"gradient.{k}")
+        v.grad = None if gradient is None else gradient.to(v.device, v.dtype)
     generator.set_state(tensors["generator"])
     return int(metadata["step"]), json.loads(metadata["seconds"])
 
@@ -106,13 +112,13 @@ def optimize(
     path = folder / (f"{name}-from-{begin}.safetensors" if begin else f"{name}.safetensors")
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=betas, weight_decay=weight_decay)
-    average = {k: v.detach().clone().float() for k, v in module.named_parameters() if v.requires_grad}
+    named = {k: v for k, v in module.named_parameters() if v.requires_grad}
+    average = {k: v.detach().clone().float() for k, v in named.items()} if decay else {}
     start, spent = begin, 0.0
     if path.exists():
         start, spent = load_checkpoint(path, module, average, optimizer, generator)
     if log:
         _cut(log, start)
-    named = {k: v for k, v in module.named_parameters() if v.requires_grad}
     clock, window = time.perf_counter() - spent, []
     bar = tqdm(
         range(start, steps), initial=start, total=steps, desc=name, mininterval=10, disable=not progress
@@ -124,15 +130,16 @@ def optimize(
         if not torch.isfinite(terms["loss"]):
             raise FloatingPointError(
                 f"{name}: loss is {terms['loss'].item()} at step {step}; "
-                f"the last good state is {path}; lower the learning rate and run again"
+                f"the last checkpoint, if there was one, is {path}; lower the learning rate and run again"
             )
         if clear:
             optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
-        rate = min(decay, (step - begin + 1) / (step - begin + 10))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - rate)
+        if average:
+            rate = min(decay, (step - begin + 1) / (step - begin + 10))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - rate)
         window.append({k: v.item() for k, v in terms.items()})
         if callback is not None:
             callback({"step": step, **window[-1]})
@@ -147,7 +154,7 @@ def optimize(
             save_checkpoint(
                 path, module, average, optimizer, step + 1, generator, time.perf_counter() - clock, not clear
             )
-    return average
+    return average or {k: v.detach().clone().float() for k, v in named.items()}
 
 
 def _cut(path: Path, step: int) -> None:

@@ -208,7 +208,7 @@ def test_latest_goes_on_where_the_last_attack_ended(shared_model, monkeypatch, p
     begun, ended = [], []
 
     def watched(encoder, unet, where, start, *rest):
-        begun.append(start.clone())
+        begun.append(start)
         ended.append(adversary(encoder, unet, where, start, *rest))
         return ended[-1]
 
@@ -240,6 +240,8 @@ def test_the_loss_is_affine_in_gamma(shared_model):
     for gamma in (0.3, 2.0):
         for state in first(gamma, KEEP):
             assert state["loss"] == pytest.approx(state["erase"] + gamma * state["retain"], rel=1e-5)
+    at_once = [first(gamma, KEEP)[0] for gamma in (0.3, 2.0)]
+    assert at_once[0]["erase"] == at_once[1]["erase"] and at_once[0]["retain"] == at_once[1]["retain"]
     assert of(first(0.0, KEEP), "loss") == of(first(0.0, ["art"]), "loss")
     assert of(first(0.5, KEEP), "loss") != of(first(0.5, ["art"]), "loss")
 
@@ -397,15 +399,28 @@ def test_the_unet_variant_trains_the_unet(model):
 
 
 def test_the_retain_set_never_names_what_is_erased(shared_model):
-    erased = [Concept("hot dog", synonyms=("sausage",))]
-    keep = [Concept(name) for name in ("dog", "church", "sausage roll", "house", "castle")]
-    names, prompts = advunlearn.retained(shared_model, erased, keep, SHORT.retain_templates)
-    assert names == ["church", "house", "castle"]
-    assert prompts == ["a church", "house in ink style", "a castle"]
-    _, with_null = advunlearn.retained(shared_model, erased, keep, SHORT.retain_templates, null=True)
-    assert with_null == [*prompts, ""]
-    _, style = advunlearn.retained(shared_model, [Concept("ink")], keep, SHORT.retain_templates)
-    assert len(style) == 5 and not any("ink" in prompt for prompt in style)
+    erased = [Concept("hot dog", synonyms=("sandwich",))]
+    names, prompts = advunlearn.retained(shared_model, erased, [], ("a photo of {}", "{} in ink style"))
+    assert not {"hot dog", "dog", "sandwich"} & set(names) and len(names) == 77
+    assert prompts[:2] == ["a photo of person", "bicycle in ink style"]
+    _, with_null = advunlearn.retained(shared_model, erased, [], ("{}",), null=True)
+    assert with_null[-1] == "" and len(with_null) == 78
+    names, style = advunlearn.retained(
+        shared_model, [Concept("ink")], [], ("a photo of {}", "{} in ink style")
+    )
+    assert len(names) == 80 and not any("ink" in prompt.split() for prompt in style)
+    # what the caller names is kept, but for the erased concept itself
+    keep = [Concept(name) for name in ("dog", "hot dog", "sandwich roll")]
+    assert advunlearn.retained(shared_model, erased, keep, ("a {}",))[0] == ["dog", "sandwich roll"]
+    # common words are nobody's
+    assert (
+        len(
+            advunlearn.retained(shared_model, [Concept("photo of a hat in style")], [], ("a photo of {}",))[0]
+        )
+        == 80
+    )
+    with pytest.raises(ValueError, match="nothing is left to retain"):
+        advunlearn.retained(shared_model, [Concept("ink")], [], ("{} in ink style",))
 
 
 def test_similar_names_are_dropped(shared_model):
@@ -533,6 +548,8 @@ def test_a_loss_that_is_not_finite_stops_the_training(model):
         ({"states": "trained"}, "does not depend on the text encoder"),
         ({"part": "x", "layers": 2}, "layers are the text encoder's"),
         ({"k": 0}, "k must be at least 1"),
+        ({"faithful": True, "states": "frozen", "rule": "gd"}, "no plain gradient descent"),
+        ({"templates": ()}, "at least one template"),
         ({"gamma": -1.0}, "gamma must be at least 0"),
         ({"retain_templates": ("photo",)}, "exactly one"),
     ],

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import tiny_pipeline
-from diffusers import UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 
 import erasekit as ek
 from erasekit import models
@@ -83,6 +83,32 @@ def test_states_are_points_of_the_stock_sampling_loop(shared_model):
         assert torch.allclose(found.text[node], c[0], atol=1e-5)
         assert torch.allclose(found.uncond[node], u[0], atol=1e-5)
         x = pipe.scheduler.step(u + 3.0 * (c - u), t, x).prev_sample
+
+
+def test_the_models_own_sampler_does_not_matter(shared_model):
+    """Stable Diffusion 1.x comes with PNDM, which takes 51 steps for 50, and others rescale what the UNet sees."""
+    wanted = states(shared_model).at(every(states(shared_model)))
+    for kind in (PNDMScheduler, EulerDiscreteScheduler):
+        pipeline = tiny_pipeline()
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        other = models.load(pipeline)
+        for source in ("frozen", "cached"):
+            found = states(other, states=source).at(every(states(other)))
+            for name in esd.STATE:
+                assert torch.allclose(
+                    getattr(found, name).float(), getattr(wanted, name).float(), atol=1e-4
+                ), kind
+
+
+def test_half_precision_learns_like_single_precision(shared_model):
+    """bfloat16 arithmetic around weights in single precision: not with the first weights for ever."""
+    config = dataclasses.replace(SHORT, iterations=40, batch=4, lr=3e-3)
+    pipeline = tiny_pipeline()
+    single, _ = losses(shared_model, config)
+    half, edit = losses(models.load(pipeline.to(torch.bfloat16)), config)
+    mean = lambda part: sum(part) / len(part)
+    assert mean(single[-8:]) < 0.5 * mean(single[:8])
+    assert mean(half[-8:]) < 0.6 * mean(half[:8])
 
 
 def test_cached_states_are_drawn_once(shared_model, tmp_path, monkeypatch):
@@ -296,6 +322,21 @@ def test_bad_calls(shared_model):
         esd.fit(shared_model, [], config=SHORT)
     with pytest.raises(ValueError, match="must be one of"):
         esd.fit(shared_model, "church", config=dataclasses.replace(SHORT, parameters="v"))
+
+
+def test_checkpoints_of_edited_and_unedited_models_are_apart(shared_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+
+    def stop(state):
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    uce = ek.uce.fit(shared_model, "dog")
+    with pytest.raises(KeyboardInterrupt), uce.applied(shared_model):
+        esd.fit(
+            shared_model, "church", config=SHORT, generator=torch.Generator().manual_seed(0), callback=stop
+        )
+    assert len(losses(shared_model, SHORT)[0]) == SHORT.iterations
 
 
 def test_presets_are_the_settings_of_the_code():

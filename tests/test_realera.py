@@ -81,30 +81,19 @@ def test_subspace_neighbours_stay_in_it(generator):
     assert (isotropic - isotropic @ span @ span.T).norm() > 0.5 * e.norm()
 
 
-def test_rays_are_accepted_as_often_as_the_sheet_says(generator):
+def test_rays_are_accepted_as_often_as_the_sheet_says(generator, monkeypatch):
     """77 x 768 numbers, ||e|| = 245, D = 400: 0.26 neighbours, 0.45 beyond."""
-    e = torch.nn.functional.normalize(random(77 * 768), dim=0) * 245
-    radius, u = 400, torch.rand(400, generator=generator, dtype=torch.float64)[:, None]
-    point = torch.randn(400, len(e), generator=generator, dtype=torch.float64) * 245 / len(e) ** 0.5
-    x = e + radius * u * torch.nn.functional.normalize(point - e, dim=1)
-    cosine = torch.nn.functional.cosine_similarity(x, e[None], dim=1)
+    e = torch.nn.functional.normalize(random(77 * 768, seed=77), dim=0) * 245
+    tried, similarity = [], torch.nn.functional.cosine_similarity
+    monkeypatch.setattr(
+        realera.F, "cosine_similarity", lambda *a, **k: tried.append(similarity(*a, **k)) or tried[-1]
+    )
+    config = replace(SHORT, mode="toward_gaussian", radius=400 / 245)
+    realera.mine(e, 100, config, generator)
+    cosine = torch.cat(tried)
+    assert len(cosine) >= 400
     near, far = ((cosine >= 0.5) & (cosine <= 0.9)).double().mean(), (cosine < 0.5).double().mean()
     assert float(near) == pytest.approx(0.26, abs=0.06) and float(far) == pytest.approx(0.45, abs=0.07)
-    given = realera.mine(e, 3, replace(SHORT, mode="toward_gaussian", radius=400 / 245), generator)
-    assert given.shape == (3, len(e))
-
-
-def test_isotropic_steps_have_one_cosine_for_each_length(generator):
-    e = torch.nn.functional.normalize(random(59_136, seed=77), dim=0) * 245
-    for r in (100.0, 250.0, 400.0):
-        step = (
-            torch.nn.functional.normalize(
-                torch.randn(5, 59_136, generator=generator, dtype=torch.float64), dim=1
-            )
-            * r
-        )
-        cosine = torch.nn.functional.cosine_similarity(e + step, e[None], dim=1)
-        assert torch.allclose(cosine, torch.full((5,), 245 / (245**2 + r**2) ** 0.5).double(), atol=1e-2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -284,12 +273,57 @@ def test_several_concepts_are_fused_and_same_seed(shared_model):
     assert fitted(shared_model, erase=["church", "art"])[1].digest == edit.digest
     assert fitted(shared_model, seed=1, erase=["church", "art"])[1].digest != edit.digest
     assert edit.metadata["concepts"]["erase"] == ["church", "art"]
+    alone = [fitted(shared_model, erase=name)[1] for name in ("church", "art")]
+    apart = lambda one: sum(
+        float((edit.tensors[n].float() - t.float()).norm()) for n, t in one.tensors.items()
+    )
+    assert all(apart(one) > 1e-2 for one in alone)
 
 
-def test_focal_time_steps(shared_model):
-    seen, _ = fitted(shared_model, replace(SHORT, focal=True))
-    plain, _ = fitted(shared_model)
-    assert seen[1]["loss"] != plain[1]["loss"]
+def test_neither_a_kept_word_nor_its_direction(shared_model):
+    with pytest.raises(ValueError, match="raise words"):
+        nearest = realera.related(shared_model, Concept("church"), 1)[0][0]
+        realera.subspace(shared_model, Concept("church"), replace(SHORT, words=1), [nearest])
+
+
+def test_focal_time_steps(shared_model, monkeypatch):
+    for focal in (True, False):
+        nodes, at = [], esd.States.at
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                esd.States, "at", lambda self, picks, n=nodes, at=at: n.append(picks.node) or at(self, picks)
+            )
+            fitted(
+                shared_model,
+                replace(SHORT, focal=focal, sampler=10, iterations=25, batch=4, lora_n=1, lora_m=1),
+            )
+        inside = torch.cat(nodes).double()  # the nodes at t = 201 and 301, of ten
+        assert (((inside == 2) | (inside == 3)).double().mean() > 0.7) == focal
+
+
+def test_an_interrupted_call_goes_on_and_another_anchor_does_not(shared_model, monkeypatch):
+    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+    whole, edit = fitted(shared_model)
+
+    class Killed(Exception):
+        pass
+
+    def stop(state):
+        if state["step"] == 3:
+            raise Killed
+
+    def killed(anchor):
+        with pytest.raises(Killed):
+            realera.fit(
+                shared_model, "church", KEEP, anchor=anchor, config=SHORT, generator=torch.Generator().manual_seed(0),
+                callback=stop,
+            )  # fmt: skip
+
+    killed("art")
+    assert [state["step"] for state in fitted(shared_model)[0]] == [-1, 0, 1, 2, 3]
+    killed("house")
+    rest, resumed = fitted(shared_model)
+    assert [state["step"] for state in rest] == [-1, 2, 3] and resumed.digest == edit.digest
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.layers import encode_rows, text_backbone
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, write_atomically
+from erasekit.sampling import ddim
 
 FOLDER = BUILD / "attacks"
 
@@ -442,11 +443,12 @@ def noise_error(
     """Mean squared error (n,) of the UNet's prediction of `noise` in `clean` latents at `timesteps` (n,), given text
     embeddings (n, length, d); for models that predict v, of v.
     """
-    noisy = model.scheduler.add_noise(clean, noise, timesteps)
+    scheduler = ddim(model.scheduler)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
     predicted = model.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
     wanted = noise
-    if model.scheduler.config.prediction_type == "v_prediction":
-        wanted = model.scheduler.get_velocity(clean, noise, timesteps)
+    if scheduler.config.prediction_type == "v_prediction":
+        wanted = scheduler.get_velocity(clean, noise, timesteps)
     return (predicted.float() - wanted.float()).square().flatten(1).mean(1)
 
 

@@ -8,7 +8,7 @@ Each variant changes the method's preset "emoji" in what `VARIANTS` says of it. 
     others     prompts about everything else, one each, the styles in turn
     attack     UnlearnDiffAtk on the concept's prompts, of which those that succeed as they are count as well
     drift      how far the embedding of the empty prompt has moved, relative to its length
-    seconds    of the training
+    seconds    of the training's iterations, not of drawing the states that they share
 
 A small run for comparing settings with each other; `erasekit run` and `erasekit attack` measure a method. What is done
 is kept: an interrupted call goes on, and variants are added to the file as they are finished.
@@ -63,12 +63,15 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "slips of the code": {"faithful": True, "states": "frozen", "noises": None},
     },
 }
+HEAD = ("method", "attempts", "protocol", "attack", "fingerprint")  # what rows of one file have in common
 DEFAULT = {"esd": esd.PRESETS["emoji"], "advunlearn": advunlearn.PRESETS["emoji"]}
 
 
 def protocol(concept: str, seeds: int = 10) -> Protocol:
     """The concept's prompts with so many seeds each, and one prompt about every other concept."""
     style = concept in data.STYLES
+    if not style and concept not in {c.name for c in data.concepts()}:
+        raise ValueError(f"{concept!r} is no object or style of the emoji world")
     mine = lambda p: concept in (p.concept, p.style)
     grid = world.grid()
     target = [p for p in grid if mine(p)][:: 10 if style else 1]
@@ -101,9 +104,14 @@ def measure(
 ) -> dict:
     """One variant: its settings, the rates of the module's table, and the course of its training."""
     config = replace(DEFAULT[method], **changes)
-    course, began = [], time.perf_counter()
-    edit = METHODS[method].fit(model, concept, config=config, callback=course.append, progress=progress)
-    seconds = time.perf_counter() - began
+    course, times = [], []
+
+    def note(state: dict) -> None:
+        course.append(state)
+        times.append(time.perf_counter())
+
+    edit = METHODS[method].fit(model, concept, config=config, callback=note, progress=progress)
+    seconds = (times[-1] - times[0]) / max(1, len(times) - 1) * config.iterations
     done = runs.run(model, edit, protocol(concept), progress=progress)
     victim = edit.merged(model)
     before, after = model.encode(""), victim.encode("")
@@ -137,6 +145,7 @@ def main() -> None:
     head = {
         "command": f"python -m erasekit.evaluate.ablation {words} --out {given.out.as_posix()}",
         "method": given.method,
+        "attempts": given.attempts,
         "erased": given.concept,
         "protocol": asked.short,
         "attack": {"name": "UnlearnDiffAtk", "config": asdict(unlearndiff.PRESETS["emoji"])},
@@ -144,9 +153,7 @@ def main() -> None:
         "machine": runs.machine(),
     }
     old = json.loads(given.out.read_text()) if given.out.exists() else {}
-    same = all(
-        old.get(key) == json.loads(json.dumps(head[key])) for key in ("protocol", "attack", "fingerprint")
-    )
+    same = all(old.get(key) == json.loads(json.dumps(head[key])) for key in HEAD)
     found = old["variants"] if old and same else {}
     for name in given.only or VARIANTS[given.method]:
         config = json.loads(
@@ -158,7 +165,7 @@ def main() -> None:
             model, given.method, given.concept, VARIANTS[given.method][name], given.attempts
         )
         write_atomically(given.out, json.dumps({**head, "variants": found}, indent=1) + "\n")
-        print(name, {key: found[name][key] for key in ("target", "others", "attack", "drift", "seconds")})
+        print(name, {key: found[name].get(key) for key in ("target", "others", "attack", "drift", "seconds")})
 
 
 if __name__ == "__main__":

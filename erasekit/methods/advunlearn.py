@@ -60,7 +60,7 @@ class Config:
     (cosine) to an erased one's, 1 drops none. retain_null: retain the empty prompt too, on which guidance leans (ours).
     eta, guidance, sampler, states, noises: as in ESD. faithful: the slips of the authors' code: words counted for
     tokens, gradients of the attack added up, its last step lost, layers chosen by the beginning of their names, ESD's
-    lag.
+    lag. Retained rows draw their own time steps (there, those of the erased row).
     """
 
     part: str = "text"
@@ -99,6 +99,10 @@ class Config:
             raise ValueError('x_t does not depend on the text encoder: use states="frozen" or "cached"')
         if self.part != "text" and self.layers is not None:
             raise ValueError(f"layers are the text encoder's, and part is {self.part!r}")
+        if self.faithful and self.rule == "gd":
+            raise ValueError(
+                'the code has no plain gradient descent: faithful=True goes with "adam" or "sign"'
+            )
         check_templates(self.templates)
         check_templates(self.retain_templates)
         esd.check_sources(self)
@@ -132,6 +136,8 @@ COCO = (
 
 # What is retained
 
+COMMON = frozenset("a an and as at by for from in of on or the to with image photo picture style".split())
+
 
 def retained(
     model: DiffusionModel,
@@ -145,26 +151,21 @@ def retained(
     """Names and prompts of a retain set: `preserve`, or all concepts of the emoji world, or COCO's categories, the
     templates taken in turn; null adds the empty prompt.
 
-    A name that shares a word with an erased one or its synonyms is left out, and one whose sentence row is at least so
-    similar to it (cosine); so is a prompt with such a word. The paper lets a language model do this by hand.
+    Of the latter two, names and prompts that share a word with an erased one or its synonyms are left out; of any, the
+    erased concepts themselves, names whose sentence row is at least so similar to an erased one's (cosine), and
+    templates with such a word. The paper lets a language model do this by hand.
     """
-    kept = list(preserve)
+    kept, given = list(preserve), bool(preserve)
     if not kept and model.preset == "emoji":
         from erasekit.emoji import data
 
         kept = [Concept(one.name) for one in data.concepts()]
     kept = kept or [Concept(name) for name in COCO]
     phrases = [phrase for one in erased for phrase in (one.name, *one.synonyms)]
-    words = {word for phrase in phrases for word in phrase.lower().split()} - {
-        "a",
-        "an",
-        "and",
-        "of",
-        "the",
-        "with",
-    }
+    words = {word for phrase in phrases for word in phrase.lower().split()} - COMMON
     clean = lambda text: not words & set(text.lower().split())
-    kept = [one for one in kept if clean(one.name)]
+    gone = {one.name.lower() for one in erased}
+    kept = [one for one in kept if one.name.lower() not in gone and (given or clean(one.name))]
     if similarity < 1 and kept:
         rows = F.normalize(_sentence(model, [one.name for one in (*kept, *erased)]), dim=1)
         near = (rows[: len(kept)] @ rows[len(kept) :].T).amax(1)
@@ -172,14 +173,16 @@ def retained(
     templates = [t for t in templates if clean(t.replace("{}", ""))]
     if not kept or not templates:
         raise ValueError(
-            "nothing is left to retain: preserve other concepts, or raise the limit of similarity"
+            "nothing is left to retain: preserve other concepts, in templates without the erased words"
         )
     prompts = [
         fill(template, one.name)[0]
         for i, one in enumerate(kept)
         for template in (one.templates or [templates[i % len(templates)]])
     ]
-    return [one.name for one in kept], [p for p in prompts if clean(p)] + [""] * null
+    if not any(given or clean(prompt) for prompt in prompts):
+        raise ValueError("nothing is left to retain: every prompt has a word of what is erased")
+    return [one.name for one in kept], [p for p in prompts if given or clean(p)] + [""] * null
 
 
 def _sentence(model: DiffusionModel, phrases: list[str]) -> Tensor:
@@ -310,9 +313,7 @@ def fit(
     attacked prompt), retain, and attack, the attacker's loss on the same state. The rest as in `esd.fit`.
     """
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = model.concepts(erase)
-    if not erased:
-        raise ValueError("there is nothing to erase: name at least one concept")
+    erased = esd.named(model, erase, preserve, anchor)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     prompts = esd.erase_prompts(erased, config.templates)
     names, kept = [], []
@@ -341,9 +342,10 @@ def fit(
     module.register_buffer("latest", torch.zeros_like(where.base))
     module.register_buffer("begun", torch.zeros(len(prompts), dtype=torch.bool, device=model.device))
 
+    special = set() if config.faithful else set(model.tokenizer.all_special_ids)
+    allowed = torch.tensor([i for i in range(len(table)) if i not in special])
+
     def started(prompt: Tensor, generator: torch.Generator) -> Tensor:
-        special = [] if config.faithful else model.tokenizer.all_special_ids
-        allowed = torch.tensor([i for i in range(len(table)) if i not in set(special)])
         drawn = torch.randint(len(allowed), (len(prompt), where.base.shape[1]), generator=generator)
         fresh, at = table[allowed[drawn].to(table.device)], prompt.to(model.device)
         if config.start == "random":
@@ -356,7 +358,8 @@ def fit(
         own, begin = where.rows(at), started(prompt, generator)
         points = [states.at(states.pick(prompt, generator)) for _ in range(config.attack_steps)]
         delta = adversary(encoder, unet, own, begin, points, config)
-        module.latest[at], module.begun[at] = delta, True
+        for row, p in enumerate(prompt.tolist()):  # the last one, where a prompt is there twice
+            module.latest[p], module.begun[p] = delta[row], True
         return own.text(encoder, delta)
 
     def loss(step: int, generator: torch.Generator) -> dict:
@@ -401,8 +404,9 @@ def fit(
 
 def trained_names(encoder: nn.Module, config: Config) -> list[str]:
     """Parameters of the text encoder that are trained."""
+    exact = text_parameters(encoder, config.layers)
     if not (config.faithful and config.layers):
-        return text_parameters(encoder, config.layers)
+        return exact
     # layers.1 is also the beginning of layers.10 and layers.11
     chosen = tuple(f"encoder.layers.{i}" for i in range(config.layers))
     return [name for name in text_parameters(encoder) if name.removeprefix("text_model.").startswith(chosen)]

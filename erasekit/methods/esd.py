@@ -32,14 +32,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from erasekit.attacks.common import check, frozen
+from erasekit.attacks.common import check, digest, frozen
 from erasekit.concepts import Concept, check_templates, fill
 from erasekit.edits import Edit
 from erasekit.evaluate import runs
 from erasekit.layers import text_projected_once, unet_parameters
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing
-from erasekit.sampling import walk
+from erasekit.sampling import ddim, walk
 from erasekit.training import constant, optimize
 
 Source = Literal["trained", "frozen", "cached"]
@@ -49,6 +49,8 @@ SAVE_EVERY = 50  # iterations
 
 def check_sources(config) -> None:
     """ValueError for settings of `States` that do not go together."""
+    if not config.templates:
+        raise ValueError("there must be at least one template")
     if config.states not in get_args(Source):
         raise ValueError(f"states must be one of {', '.join(get_args(Source))}, got {config.states!r}")
     if config.noises is not None:
@@ -177,10 +179,9 @@ class States:
     )  # per prompt and noise, nodes ascending
 
     def __post_init__(self):
-        if getattr(self.model.pipeline, "text_encoder_2", None) is not None:
-            raise ValueError(
-                "this method knows one text encoder; SDXL has two: erase by a closed form instead"
-            )
+        one_text_encoder(self.model)
+        self.scheduler = ddim(self.model.scheduler)
+        self.scheduler.set_timesteps(self.sampler)
         self.text = self.model.encode(list(self.prompts))
         self.empty = self.model.encode("")[0]
         if self.states != "cached":
@@ -197,7 +198,7 @@ class States:
             return [State(of("sample", i), at, of("text", i), of("uncond", i)) for i in range(len(part))]
 
         model = self.model
-        what = [model.fingerprint(), runs.edits_in_force(model), dict(model.scheduler.config), model.dtype]
+        what = [model.fingerprint(), runs.edits_in_force(model), dict(self.scheduler.config), model.dtype]
         what += [model.device.type, self.prompts, self.seed, self.guidance, self.sampler, self.noises]
         key = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
         file = (self.folder or FOLDER) / "states" / f"{key}.safetensors"
@@ -207,24 +208,29 @@ class States:
             stacked = {name: torch.stack([getattr(one, name) for one in made]) for name in STATE}
             with replacing(file) as temporary:
                 save_file(stacked, temporary)
+            del made, stacked
         kept = load_file(file)
         self.table = [State(*(kept[name][i] for name in STATE)) for i in range(len(ways))]
 
     def timesteps(self) -> Tensor:
         """Time step of each node, (sampler,)."""
-        scheduler = copy.deepcopy(self.model.scheduler)
-        scheduler.set_timesteps(self.sampler)
-        return scheduler.timesteps.flip(0)
+        return self.scheduler.timesteps.flip(0)
 
     def pick(self, prompt: Tensor, generator: torch.Generator) -> Picks:
         """Noise, node and offset for each prompt (n,), uniformly."""
         draw = lambda high: torch.randint(high, prompt.shape, generator=generator)
-        stretch = self.model.scheduler.config.num_train_timesteps // self.sampler
+        stretch = self.scheduler.config.num_train_timesteps // self.sampler
         return Picks(prompt, draw(self.noises or 2**31), draw(self.sampler), draw(stretch))
 
     @torch.no_grad()
     def at(self, picks: Picks) -> State:
         """The states picked, on the model's device. No gradient."""
+        if self.walker is None:  # the frozen model computes in its own precision
+            with torch.autocast(self.model.device.type, enabled=False):
+                return self._at(picks)
+        return self._at(picks)
+
+    def _at(self, picks: Picks) -> State:
         device = self.model.device
         if self.states == "cached":
             rows = [self.table[p * self.noises + n] for p, n in zip(picks.prompt, picks.noise, strict=True)]
@@ -256,7 +262,7 @@ class States:
             if len(found) == len(done):
                 break
         if self.faithful:
-            t = picks.node * (self.model.scheduler.config.num_train_timesteps // self.sampler) + picks.offset
+            t = picks.node * (self.scheduler.config.num_train_timesteps // self.sampler) + picks.offset
         else:
             t = self.timesteps()[picks.node]
         return torch.stack([found[row] for row in range(len(done))]), t.to(self.model.device)
@@ -266,7 +272,7 @@ class States:
         text = self.text[prompt.to(self.text.device)]
         return walk(
             self.model.unet if self.walker is None else self.walker,
-            self.model.scheduler,
+            self.scheduler,
             text,
             self.empty.expand_as(text),
             [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -275,6 +281,12 @@ class States:
             size=(self.model.unet.config.sample_size,) * 2,
             skip=skip,
         )
+
+
+def one_text_encoder(model: DiffusionModel) -> None:
+    """ValueError for a model with two text encoders."""
+    if getattr(model.pipeline, "text_encoder_2", None) is not None:
+        raise ValueError("this method knows one text encoder; SDXL has two: erase by a closed form instead")
 
 
 # Training a copy of one part
@@ -295,9 +307,11 @@ def trainee(module: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def mixed(model: DiffusionModel):
-    """bfloat16 arithmetic for a half-precision model on an accelerator, else nothing."""
-    half = model.dtype in (torch.float16, torch.bfloat16) and model.device.type != "cpu"
-    return torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
+    """bfloat16 arithmetic for a half-precision model, else nothing."""
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    # The cache would keep the first cast of weights that change.
+    cast = lambda: torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
+    return cast() if half else nullcontext()
 
 
 def descend(
@@ -315,24 +329,42 @@ def descend(
     weight_decay: float = 0.0,
     clear: bool = True,
     clip: float = float("inf"),
-) -> None:
+    also: Sequence = (),
+    clean: bool = True,
+) -> Path:
     """Minimize the loss over the trainable parameters of `module` by Adam, as the papers do.
 
-    Checkpoints lie in a folder of their own for the same model, settings, prompts and generator, so that an interrupted
-    run goes on; they are deleted at the end.
+    Checkpoints lie in a folder of their own, which is returned, for the same model, settings, prompts, generator and
+    whatever `also` depends on (texts, tensors, models), so that an interrupted run goes on; with `clean` they are
+    deleted at the end.
     """
-    what = [method, model.fingerprint(), asdict(config), list(prompts), generator.get_state().tolist()]
+    what = [method, model.fingerprint(), runs.edits_in_force(model), asdict(config), list(prompts)]
+    what += [generator.get_state().tolist(), [digest(one) for one in also]]
+    what += [str(model.dtype), model.device.type, str(dict(model.scheduler.config))]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
     place = (folder or FOLDER) / f"{method}-{key}"
-    with frozen(model.unet, model.text_encoder), mixed(model):
+
+    def careful(step: int, generator: torch.Generator) -> dict:
+        with mixed(model):
+            return loss(step, generator)
+
+    with frozen(model.unet, model.text_encoder):
         optimize(
-            method, module, loss, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
+            method, module, careful, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
             betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=clip, decay=0.0,
             callback=callback, folder=place, save_every=SAVE_EVERY, progress=progress,
         )  # fmt: skip
-    for file in place.glob("*"):
-        file.unlink()
-    place.rmdir()
+    if clean:
+        discard([place])
+    return place
+
+
+def discard(places: Sequence[Path]) -> None:
+    """Delete folders of checkpoints."""
+    for place in places:
+        for file in place.glob("*"):
+            file.unlink()
+        place.rmdir()
 
 
 def delta(module: nn.Module, original: nn.Module, part: str) -> dict[str, Tensor]:
@@ -343,6 +375,17 @@ def delta(module: nn.Module, original: nn.Module, part: str) -> dict[str, Tensor
         for name, p in module.named_parameters()
         if p.requires_grad
     }
+
+
+def named(model: DiffusionModel, erase, preserve, anchor) -> tuple[Concept, ...]:
+    """The concepts to erase. ValueError for nothing to erase, and for unknown names among all three."""
+    erased = model.concepts(erase)
+    model.concepts(preserve)
+    if isinstance(anchor, str) and anchor.strip():
+        model.concepts(anchor)
+    if not erased:
+        raise ValueError("there is nothing to erase: name at least one concept")
+    return erased
 
 
 def fit(
@@ -365,10 +408,7 @@ def fit(
     concepts and nothing to erase, FloatingPointError for a loss that is not finite (the last good state stays).
     """
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = model.concepts(erase)
-    model.concepts(preserve)
-    if not erased:
-        raise ValueError("there is nothing to erase: name at least one concept")
+    erased = named(model, erase, preserve, anchor)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     prompts = erase_prompts(erased, config.templates)
     unet = trainee(model.unet, unet_parameters(model.unet, config.parameters))

@@ -16,7 +16,9 @@ one weight, again in closed form:
 
 Notation (code -> paper): residue -> pairs (e^f, e^g); lambda_1, lambda_2 -> lambda_1, lambda_2; lam -> lamb, a ridge to
 the weights before, of the code. Read from the authors' code at 057e7a6 (non-commercial licence; nothing was copied).
-Differences: masks come from the model's own cross-attention instead of a segmentation model, or from the caller.
+Differences: masks come from the model's own cross-attention instead of a segmentation model, or from the caller, and
+are made smaller by area; a picture is trained with the prompt that drew it; the refinement counts erased rows by their
+mean over all concepts, the fusion the sum of each concept's mean.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,13 +33,13 @@ from torch import Tensor, nn
 from erasekit import closed_form
 from erasekit.attacks.common import check
 from erasekit.closed_form import ContextMap
-from erasekit.concepts import Concept, check_templates, eot_position, fill, subject_span, token_ids
+from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
 from erasekit.edits import Edit
 from erasekit.layers import attention_with_gradient, cross_attention_kv, record_attention
 from erasekit.methods import esd
 from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
-from erasekit.sampling import denoise
+from erasekit.sampling import ddim, denoise
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Config:
     anchor: the mapping concept. templates: prompts with one {} for both. lambda_1, lambda_2, lam: as above; the erased
     rows count by their mean. keep_templates: captions of what is preserved, taken in turn. rank, lr, iterations, batch:
     of each concept's LoRA (AdamW). pictures: the model's own, of each concept. mask: share of the highest attention
-    from which a pixel belongs to the concept; 0 takes all pixels, as the authors do for styles. ends: the end tokens
+    from which a pixel belongs to the concept; 0 takes all pixels, as the authors do for styles and as is done for a
+    concept with templates of its own. ends: the end tokens
     count as the concept's too [code]. squared: the paper's squared norm, a mean; False is the code's plain norm, a sum.
     focal: draw time steps by `focal`, else uniformly. sampler, guidance: how the pictures are drawn, guidance above 1.
     lora: leave out stages two and three if False.
@@ -85,6 +88,8 @@ class Config:
                 raise ValueError("there must be at least one template")
 
 
+STYLES = ("a painting by {}", "a drawing in the style of {}", "a picture in the style of {}", "art by {}")
+
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
@@ -94,7 +99,7 @@ PRESETS = {
     # learning rates, steps and mapping concepts of the authors' configurations
     "sd14-object": Config(anchor="sky"),
     "sd14-celebrity": Config(anchor="a person", lr=1e-4),
-    "sd14-artist": Config(anchor="art", lr=1e-4, mask=0.0),
+    "sd14-artist": Config(anchor="art", lr=1e-4, mask=0.0, templates=STYLES),
     "sd14-nudity": Config(anchor="a person wearing clothes", iterations=120, focal=False),
 }  # fmt: skip
 
@@ -164,12 +169,15 @@ class Shown:
     columns: Tensor
 
 
-def columns(tokenizer, prompt: str, phrase: str, ends: bool) -> Tensor:
-    """Which positions (length,) of a prompt are the concept's: those of the phrase, and with `ends` all end tokens."""
+def columns(tokenizer, template: str, phrase: str, ends: bool) -> Tensor:
+    """Which positions (length,) of a prompt are the concept's: those of the phrase in the template's slot, and with
+    `ends` all end tokens.
+    """
     chosen = torch.zeros(tokenizer.model_max_length, dtype=torch.bool)
-    chosen[list(subject_span(tokenizer, prompt, phrase))] = True
+    last = slot_token(tokenizer, template, phrase)
+    chosen[last + 1 - len(content_ids(tokenizer, phrase)) : last + 1] = True
     if ends:
-        ids = token_ids(tokenizer, [prompt])
+        ids = token_ids(tokenizer, [fill(template, phrase)[0]])
         chosen[int(eot_position(tokenizer, ids)[0]) :] = True
     return chosen
 
@@ -179,10 +187,11 @@ def shown(
     model: DiffusionModel, concept: Concept, config: Config, seed: int, masks: Tensor | None = None
 ) -> Shown:
     """Pictures of a concept by the model as it is, masked by its own attention to the phrase, or by `masks`
-    (n, height, width) in [0, 1], resized to the latents.
+    (n, height, width) in [0, 1], resized to the latents; an empty one counts as all pixels.
     """
-    templates = concept.templates or config.templates
-    prompts = [fill(templates[i % len(templates)], concept.name)[0] for i in range(config.pictures)]
+    given = concept.templates or config.templates
+    templates = [given[i % len(given)] for i in range(config.pictures)]
+    prompts = [fill(template, concept.name)[0] for template in templates]
     side = model.unet.config.sample_size
     text, empty = model.encode(prompts), model.encode("")[0]
     own = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -191,12 +200,16 @@ def shown(
             model.unet, model.scheduler, text, empty.expand_as(text), own, steps=config.sampler,
             guidance=config.guidance, size=(side, side),
         )  # fmt: skip
-    marked = torch.stack([columns(model.tokenizer, prompt, concept.name, config.ends) for prompt in prompts])
+    phrase, marked = (
+        torch.stack([columns(model.tokenizer, template, concept.name, ends) for template in templates])
+        for ends in (False, config.ends)
+    )
     if masks is None:
-        phrase = [list(subject_span(model.tokenizer, prompt, concept.name)) for prompt in prompts]
         heat = torch.stack(
             [
-                sum(maps.heatmap(token, side)[len(prompts) + i] for token in span)
+                sum(
+                    maps.heatmap(token, side)[len(prompts) + i] for token in span.nonzero().flatten().tolist()
+                )
                 for i, span in enumerate(phrase)
             ]
         )
@@ -206,6 +219,7 @@ def shown(
         if masks.ndim != 3 or len(masks) != len(prompts):
             raise ValueError(f"expected {len(prompts)} masks (n, height, width), got {tuple(masks.shape)}")
         masks = (F.interpolate(masks[:, None].float(), (side, side))[:, 0] >= 0.5).float()
+        masks[masks.flatten(1).amax(1) == 0] = 1  # where nothing was found, as in the code
     return Shown(latents, masks.to(model.device), prompts, marked.to(model.device))
 
 
@@ -218,6 +232,7 @@ def attention_loss(maps: Iterable[Tensor], masks: Tensor, marked: Tensor, square
     """
     total = masks.new_zeros(())
     for probabilities in maps:
+        total = total + 0 * probabilities.float().sum()  # so that there is a gradient, if only of nothing
         side = round(probabilities.shape[2] ** 0.5)
         inside = (F.interpolate(masks[:, None], (side, side), mode="area")[:, 0] >= 0.5).flatten(1)
         chosen = inside[:, None, :, None] & marked[:, None, None, :]
@@ -238,10 +253,13 @@ def suppress(
     callback: Callable[[dict], None] | None = None,
     folder: Path | None = None,
     progress: bool = False,
-) -> dict[str, Tensor]:
-    """Train one concept's LoRA on a model (with the refined weights): {key or value weight: B A}, float32."""
+) -> tuple[dict[str, Tensor], Path]:
+    """Train one concept's LoRA on a model (with the refined weights): {key or value weight: B A}, float32, and the
+    folder of its checkpoint, which is left for the caller to discard.
+    """
     unet, text = adapter(model, config.rank, generator), model.encode(pictures.prompts)
-    likely = focal(model.scheduler.config.num_train_timesteps)
+    scheduler = ddim(model.scheduler)
+    likely = focal(scheduler.config.num_train_timesteps)
     likely = likely if config.focal else torch.ones_like(likely)
 
     def loss(step: int, generator: torch.Generator) -> dict:
@@ -251,17 +269,17 @@ def suppress(
         clean = pictures.latents[at]
         noise = torch.randn(clean.shape, generator=generator).to(clean.device, clean.dtype)
         with attention_with_gradient(unet) as maps:
-            noisy = model.scheduler.add_noise(clean, noise, t)
+            noisy = scheduler.add_noise(clean, noise, t)
             unet(noisy, t, encoder_hidden_states=text[at], return_dict=False)
         return {
             "loss": attention_loss(maps.values(), pictures.masks[at], pictures.columns[at], config.squared)
         }
 
-    esd.descend(
+    place = esd.descend(
         "mace", model, unet, loss, config, [concept.name, *pictures.prompts], generator, callback, folder, progress,
-        weight_decay=0.01, clip=1.0,
+        weight_decay=0.01, clip=1.0, also=[pictures.latents, pictures.masks, pictures.columns], clean=False,
     )  # fmt: skip
-    return products(unet)
+    return products(unet), place
 
 
 def adapter(model: DiffusionModel, rank: int, generator: torch.Generator) -> nn.Module:
@@ -282,7 +300,7 @@ def products(unet: nn.Module) -> dict[str, Tensor]:
     for name, module in unet.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            found[f"{name}.weight"] = (b @ a).detach()
+            found[f"{name}.weight"] = (b @ a).detach().cpu()
     return found
 
 
@@ -307,7 +325,7 @@ def fuse(
         grams[0].new_zeros(grams[0].shape) if preserved is None else preserved.double().T @ preserved.double()
     )
     whole = sum(grams) + config.lambda_2 * kept + config.lam * torch.eye(len(kept)).to(kept)
-    factor = closed_form.cholesky((whole + whole.T) / 2, "the fusion is singular: raise lam")
+    factor = closed_form.cholesky((whole + whole.T) / 2, "the fusion is singular: raise its ridge")
     found = {}
     for name, weight in weights.items():
         w = weight.detach().double()
@@ -342,6 +360,10 @@ def fit(
     erased = model.concepts(erase)
     if not erased:
         raise ValueError("there is nothing to erase: name at least one concept")
+    if config.lora:
+        esd.one_text_encoder(model)
+    if unknown := set(masks or {}) - {one.name for one in erased}:
+        raise ValueError(f"masks are given for {', '.join(sorted(unknown))}, which is not erased")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     anchors = [mapping(model, concept, anchor, config.anchor) for concept in erased]
     pairs = [
@@ -366,7 +388,7 @@ def fit(
         return Edit.from_context_map(first, model, **named)
 
     refined = Edit.from_context_map(first, model).merged(model)
-    changes, keys = [], []
+    changes, keys, places = [], [], []
     for concept in erased:
         given = (masks or {}).get(concept.name)
         if given is None and concept.templates:  # styles have templates of their own, and are everywhere
@@ -378,11 +400,14 @@ def fit(
             if callback is None
             else lambda state, name=concept.name: callback({**state, "concept": name})
         )
-        changes.append(suppress(refined, concept, pictures, config, generator, tell, folder, progress))
+        change, place = suppress(refined, concept, pictures, config, generator, tell, folder, progress)
+        changes.append(change)
+        places.append(place)
         asked = [fill(t, concept.name)[0] for t in concept.templates or config.templates]
         keys.append(model.encode(asked).flatten(0, 1))
     weights = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
     fused = fuse(weights, first, changes, keys, kept, config)
+    esd.discard(places)  # not before: an interrupted call finds the concepts that were done
     return Edit.from_weight_delta({f"unet.{k}": v.half() for k, v in fused.items()}, model, **named)
 
 

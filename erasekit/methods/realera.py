@@ -123,9 +123,9 @@ PRESETS = {
         iterations=150, batch=2, sampler=25, noises=2,
     ),
     # ours: no setting of the authors is known; window, radius and counts of the re-implementation
-    "sd14-object": Config(),
+    "sd14-object": Config(lr=1e-5),
     "sd14-celebrity": Config(anchor="a person", s_low=0.75, s_high=0.95),
-    "sd14-artist": Config(anchor="art"),
+    "sd14-artist": Config(anchor="art", templates=mace.STYLES),
 }  # fmt: skip
 
 
@@ -196,8 +196,8 @@ def mine(
         inside.append(x[good][:need])
     found = torch.cat(inside)
     if len(found) < count:
-        what = "beyond concepts" if far else "neighbours"
-        raise ValueError(f"no {what} with these settings: widen radius ({config.radius}) or the window")
+        what, do = ("beyond concepts", "raise s_low or") if far else ("neighbours", "widen the window or")
+        raise ValueError(f"no {what} with these settings: {do} radius ({config.radius})")
     return found.view(count, *shape)
 
 
@@ -215,16 +215,23 @@ def related(model: DiffusionModel, concept: Concept, count: int) -> list[tuple[s
 
 
 def _last_rows(model: DiffusionModel, phrases: Sequence[str]) -> Tensor:
-    rows = model.encode([f"a {phrase}" for phrase in phrases]).double().cpu()
-    at = torch.tensor([slot_token(model.tokenizer, "a {}", phrase) for phrase in phrases])
-    return rows[torch.arange(len(phrases)), at]
+    found = []
+    for start in range(0, len(phrases), 256):  # of a whole vocabulary only these rows fit into memory
+        part = phrases[start : start + 256]
+        at = [slot_token(model.tokenizer, "a {}", phrase) for phrase in part]
+        rows = model.encode([f"a {phrase}" for phrase in part])
+        found.append(rows[torch.arange(len(part)), at].double().cpu())
+    return torch.cat(found)
 
 
 def subspace(model: DiffusionModel, concept: Concept, config: Config, siblings: Sequence[str] = ()) -> Tensor:
     """Orthonormal directions (r, d) in which synonyms and related words differ from the concept, the strongest first;
-    those in which `siblings` differ from it are taken out.
+    those in which `siblings` differ from it are taken out. (A neighbour also moves along e itself.) They are those of
+    the last token of "a {}", and are used for every row.
     """
     kin = [word for word, _ in related(model, concept, config.words) if word not in siblings]
+    if not (kin or concept.synonyms):
+        raise ValueError(f"no word is related to {concept.name!r} but the preserved ones: raise words")
     rows = _last_rows(model, [concept.name, *concept.synonyms, *kin, *siblings])
     apart = rows[1:] - rows[:1]
     own, others = apart[: len(apart) - len(siblings)], apart[len(apart) - len(siblings) :]
@@ -338,8 +345,10 @@ def align(
     callback: Callable[[dict], None] | None,
     folder: Path | None,
     progress: bool,
-) -> dict[str, Tensor]:
-    """One concept's LoRA on `start`: {key or value weight: B A}. The teacher is the model before any edit."""
+) -> tuple[dict[str, Tensor], Path]:
+    """One concept's LoRA on `start`: {key or value weight: B A}, and the folder of its checkpoint, left for the caller
+    to discard. The teacher is the model before any edit.
+    """
     prompts = [pair.prompt for pair in pairs]
     seed = int(torch.randint(2**31, (), generator=generator))
     states = esd.States(
@@ -349,7 +358,7 @@ def align(
     text, mapped = model.encode(prompts), model.encode([pair.other for pair in pairs])
     node_weights = torch.ones(config.sampler)
     if config.focal:
-        node_weights = mace.focal(model.scheduler.config.num_train_timesteps)[states.timesteps()]
+        node_weights = mace.focal(states.scheduler.config.num_train_timesteps)[states.timesteps()]
     device, dtype = model.device, model.dtype
 
     def predicted(net, state: esd.State, context: Tensor) -> Tensor:
@@ -401,11 +410,12 @@ def align(
             total = total + config.lambda_far * terms["far"]
         return {"loss": total, **terms}
 
-    esd.descend(
+    also = [start, [pair.other for pair in pairs], torch.zeros(0) if basis is None else basis]
+    place = esd.descend(
         "realera", model, unet, loss, config, prompts, generator, callback, folder, progress, weight_decay=0.01,
-        clip=1.0,
+        clip=1.0, also=also, clean=False,
     )  # fmt: skip
-    return mace.products(unet)
+    return mace.products(unet), place
 
 
 def fit(
@@ -424,24 +434,23 @@ def fit(
     values.
 
     anchor: the mapping concept, else the concept's own, else the config's. preserve: captions that are kept, and, in
-    mode "subspace", siblings whose directions are left alone; when empty, all other concepts of the emoji world, or
-    COCO's categories, are kept. callback: after the closed form (step -1) rank; in the LoRA step, loss, erase, near,
+    mode "subspace", siblings whose directions are taken out of it; when empty, all other concepts of the emoji world,
+    or COCO's categories. callback: after the closed form (step -1) rank; in the LoRA step, loss, erase, near,
     far and concept. generator, folder and errors as in `esd.fit`.
     """
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = model.concepts(erase)
     if not erased:
         raise ValueError("there is nothing to erase: name at least one concept")
+    if config.lora:
+        esd.one_text_encoder(model)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     siblings = model.concepts(preserve)
     anchors = [mace.mapping(model, concept, anchor, config.anchor) for concept in erased]
     names, captions = retained(model, erased, siblings, config.keep_templates, null=True)
     kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
     wanted = config.mode == "subspace" and config.neighbour
-    own_basis = [
-        subspace(model, concept, config, [one.name for one in siblings]) if wanted else None
-        for concept in erased
-    ]
+    own_basis = [subspace(model, concept, config, names) if wanted else None for concept in erased]
     own_pairs = [
         [aligned(model.tokenizer, t, concept.name, instead) for t in concept.templates or config.templates]
         for concept, instead in zip(erased, anchors, strict=True)
@@ -459,14 +468,16 @@ def fit(
         return Edit.from_context_map(first, model, **named)
 
     start = Edit.from_context_map(first, model).merged(model)
-    changes, keys = [], []
+    changes, keys, places = [], [], []
     for concept, pairs, basis in zip(erased, own_pairs, own_basis, strict=True):
         tell = (
             None
             if callback is None
             else lambda state, name=concept.name: callback({**state, "concept": name})
         )
-        changes.append(align(model, start, pairs, basis, config, generator, tell, folder, progress))
+        change, place = align(model, start, pairs, basis, config, generator, tell, folder, progress)
+        changes.append(change)
+        places.append(place)
         keys.append(model.encode([pair.prompt for pair in pairs]).flatten(0, 1))
     weights = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
     if len(changes) > 1:
@@ -474,7 +485,10 @@ def fit(
         moved = mace.fuse(weights, first, changes, keys, kept, fusion)
     else:
         moved = {
-            name: first.apply_to_weight(w.detach().double()) - w.detach().double() + changes[0][name].double()
+            name: first.apply_to_weight(w.detach().double())
+            - w.detach().double()
+            + changes[0][name].to(w.device).double()
             for name, w in weights.items()
         }
+    esd.discard(places)
     return Edit.from_weight_delta({f"unet.{k}": v.half() for k, v in moved.items()}, model, **named)

@@ -52,7 +52,7 @@ from erasekit.methods import esd
 from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
 from erasekit.paths import DATA, replacing
-from erasekit.sampling import walk
+from erasekit.sampling import ddim, walk
 
 Token = Literal["sot", "key", "eot", "last", "all"]
 Stages = Literal["both", "text", "trajectory"]
@@ -72,15 +72,16 @@ class Config:
 
     stages: "text" (stage 1), "trajectory" (stage 2 on the unedited model), "both". tokens: rows of a malicious prompt
     that are mapped: "eot" to the safe prompt's first end token; "sot", "last" (the last position), "all" to the same
-    of the safe prompt; "key" (the phrase) to its last position [code]. eta: weight of each preserved row beside the
-    mean over the erased ones. lam: ridge; the paper has none. templates: for phrases and safe phrases alike. anchor:
-    the safe phrase of a concept that has none of its own. keep_templates: for preserved captions, taken in turn.
-    beta: guidance of f. margin: delta. weight: lambda. sampler: steps of the sampler that draws the ways; early: the
-    first so many are used. guidance, noises: of these ways, and ways per prompt. calm: unconditional ways. iterations,
-    lr, batch: of AdamW; keep_batch: rows of the preservation. branches: "both" puts the hinge on the conditional and on
-    the unconditional prediction [code], "text" on the first alone. reference: "stage1" [code] or "original" (the
-    paper's eps) is what the unconditional prediction is held to. faithful: the slips of the code: the end token found
-    by counting words, latents one step ahead of their time steps, gradients of all steps added up.
+    of the safe prompt; "key" (the phrase) to its last position [code]. eta: weight of the mean over preserved captions
+    beside the mean over malicious prompts. lam: ridge; the paper has none. templates: for phrases and safe phrases
+    alike, in stage 1; steer_templates: in stage 2. anchor: the safe phrase of a concept that has none of its own.
+    keep_templates: for preserved captions, taken in turn. beta: guidance of f. margin: delta. weight: lambda. sampler:
+    steps of the sampler that draws the ways; early: the first so many are used. guidance, noises: of these ways, and
+    ways per prompt. calm: unconditional ways. iterations, lr, batch: of AdamW; keep_batch: rows of the preservation.
+    branches: "both" puts the hinge on the conditional and on the unconditional prediction [code], "text" on the first
+    alone. reference: "stage1" [code] or "original" (the paper's eps) is what the unconditional prediction is held to.
+    faithful: the slips of the code: the end token found by counting words, latents one step ahead of their time steps,
+    gradients of all steps added up. (That of its preservation, whose time steps lag too, is not.)
     """
 
     stages: Stages = "both"
@@ -88,6 +89,7 @@ class Config:
     eta: float = 1e-4
     lam: float = 0.0
     templates: tuple[str, ...] = TEMPLATES
+    steer_templates: tuple[str, ...] = ("a photo of {}",)
     anchor: str = " "
     keep_templates: tuple[str, ...] = ("a photo of {}",)
     beta: float = 16.0
@@ -132,7 +134,7 @@ class Config:
             raise ValueError(f"early must be at most sampler ({self.sampler}), got {self.early}")
         if self.guidance <= 1:
             raise ValueError(f"the ways are drawn with guidance above 1, got {self.guidance}")
-        for templates in (self.templates, self.keep_templates):
+        for templates in (self.templates, self.steer_templates, self.keep_templates):
             check_templates(templates)
             if not templates:
                 raise ValueError("there must be at least one template")
@@ -141,12 +143,13 @@ class Config:
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
-        eta=1e-3, lam=1e-3, templates=esd.EMOJI_TEMPLATES, keep_templates=esd.EMOJI_TEMPLATES, beta=4.0, weight=10.0,
+        eta=0.1, lam=1e-3, templates=esd.EMOJI_TEMPLATES, steer_templates=esd.EMOJI_TEMPLATES,
+        keep_templates=esd.EMOJI_TEMPLATES, beta=4.0, weight=10.0,
         sampler=24, early=12, noises=1, calm=32, iterations=200, lr=1e-4, batch=4, keep_batch=8,
     ),
-    # the authors' code; eta is s^2 / 3e4 with s = 0.01 on sums over (probably) 30,000 captions
+    # the authors' code: s^2 with s = 0.01 and 0.02, on the mean of (probably) 30,000 captions; 26 early steps there
     "sd14-nudity": Config(),
-    "sd14-unsafe": Config(eta=4e-4, iterations=900, noises=5),
+    "sd14-unsafe": Config(eta=4e-4, iterations=900, calm=1200, steer_templates=("an image depicting {}",)),
     "sd14-object": Config(),
 }  # fmt: skip
 
@@ -218,10 +221,22 @@ def rows(
     return torch.cat(sources), torch.cat(targets)
 
 
-def solve(sources: Tensor, targets: Tensor, preserved: Tensor | None, config: Config) -> ContextMap:
-    """The map of stage 1, float64."""
+def solve(
+    sources: Tensor,
+    targets: Tensor,
+    preserved: Tensor | None,
+    config: Config,
+    prompts: int,
+    captions: int = 1,
+) -> ContextMap:
+    """The map of stage 1, float64: of rows that come from so many malicious prompts and preserved captions."""
     return closed_form.solve(
-        sources, targets, preserved, erase_scale=1 / len(sources), preserve_scale=config.eta, lam=config.lam
+        sources,
+        targets,
+        preserved,
+        erase_scale=1 / prompts,
+        preserve_scale=config.eta / captions,
+        lam=config.lam,
     )
 
 
@@ -260,7 +275,8 @@ def hinge(predicted: Tensor, directions: Tensor, offsets: Tensor, margin: float)
 def directions(text: Tensor, safe: Tensor, uncond: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """D and k of predictions (n, ...) for the malicious, the safe and the empty prompt."""
     f_s, f_u = (uncond + beta * (one - uncond) for one in (safe.float(), text.float()))
-    return f_s - f_u, f_s.square().flatten(1).mean(1) - f_u.square().flatten(1).mean(1)
+    d = f_s - f_u
+    return d, (d * (f_s + f_u)).flatten(1).mean(1)
 
 
 def trajectories(
@@ -299,7 +315,7 @@ def trajectories(
         points: list[list[Tensor]] = []
         own = [torch.Generator().manual_seed(seed + 7919 * p + n) for p, n in part]
         for step in walk(
-            model.unet, model.scheduler, text[at], empty.expand_as(text[at]), own, steps=config.sampler,
+            model.unet, ddim(model.scheduler), text[at], empty.expand_as(text[at]), own, steps=config.sampler,
             guidance=config.guidance, size=(model.unet.config.sample_size,) * 2,
         ):  # fmt: skip
             if step["step"] >= config.early:
@@ -373,6 +389,8 @@ def fit(
     erased = model.concepts(erase)
     if not erased:
         raise ValueError("there is nothing to erase: name at least one concept")
+    if config.stages != "text":
+        esd.one_text_encoder(model)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     instead = anchor.name if isinstance(anchor, Concept) else anchor
     if isinstance(anchor, str) and anchor.strip():
@@ -394,7 +412,7 @@ def fit(
         concepts["preserve"] = names
         kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
         sources, targets = rows(model, given, config)
-        first = solve(sources, targets, kept, config)
+        first = solve(sources, targets, kept, config, len(given), len(captions))
         if callback is not None:
             relative = lambda a, b: float((first.apply(a) - b).norm() / (a - b if a is not b else b).norm())
             callback(
@@ -408,7 +426,8 @@ def fit(
         if config.stages == "text":
             return Edit.from_context_map(first, model, **named)
 
-    change = steer(model, first, given, config, generator, callback, folder, progress)
+    steered = pairs(erased, instead, replace(config, templates=config.steer_templates))
+    change = steer(model, first, steered, config, generator, callback, folder, progress)
     return Edit.from_weight_delta(change, model, first, **named)
 
 
@@ -465,6 +484,6 @@ def steer(
 
     esd.descend(
         "trce", model, unet, loss, config, [*malicious, *safe], generator, callback, folder, progress,
-        weight_decay=0.01, clear=not config.faithful,
+        weight_decay=0.01, clear=not config.faithful, also=[start],
     )  # fmt: skip
     return esd.delta(unet, start.unet, "unet")
