@@ -131,3 +131,32 @@ def test_lora_in_the_stock_pipeline(model, tmp_path):
     model.pipeline.load_lora_weights(tmp_path / "lora")
     assert np.abs(picture(model.pipeline, **plain) - edited).max() <= 2
     assert np.abs(before - edited).max() > 2  # control: the edit shows
+
+
+TRAINED = {
+    "esd": dict(iterations=2, sampler=4),
+    "advunlearn": dict(iterations=3, warmup=1, attack_steps=2, sampler=4, retain_batch=2),
+    "trce": dict(iterations=2, sampler=4, early=2, noises=1, calm=2, lam=1e-3, templates=("a {}",)),
+    "mace": dict(iterations=2, sampler=3, pictures=2, templates=("a {}",)),
+    "realera": dict(iterations=2, sampler=4, noises=1, n=2, m=2, lora_n=1, lora_m=1, templates=("a {}",)),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_knows_v_prediction_and_says_no_to_two_text_encoders(model, name, tmp_path):
+    method = getattr(ek, name)
+    config = method.Config(**TRAINED[name])
+    fit = lambda: method.fit(model, "church", ["dog", "house"], config=config, folder=tmp_path)
+    if hasattr(model.pipeline, "text_encoder_2"):
+        with pytest.raises(ValueError, match="one text encoder"):
+            fit()
+        return
+    edit = fit()
+    before = picture(model.pipeline, **context(model.pipeline, "a church"))
+    with edit.applied(model, scale=1000.0 if name in ("esd", "advunlearn", "trce") else 1.0):
+        assert np.abs(picture(model.pipeline, **context(model.pipeline, "a church")) - before).max() > 0
+    if name == "esd":  # in v as in noise, eta = -1 is what the model predicts anyway
+        seen = []
+        still = method.Config(**TRAINED[name] | {"iterations": 1}, eta=-1.0)
+        method.fit(model, "church", config=still, folder=tmp_path, callback=seen.append)
+        assert seen[0]["loss"] < 1e-10
