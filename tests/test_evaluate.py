@@ -447,13 +447,13 @@ def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_
         finished.read_as(dataclasses.replace(small(), steps=3))
 
     # a thousand pictures' records under a second: the same records, many times over
-    records = [runs._records(finished.folder / "scores", runs._score_stem(judges.JUDGES["emoji-object"]()))]
+    records = [runs.read_sealed(finished.folder / "scores", runs._score_stem(judges.JUDGES["emoji-object"]()))]
     record = next(iter(records[0].values()))["record"]
     prompts = tuple(Prompt(f"a dog {i}", "dog", "flat", "target") for i in range(1000))
     many = Protocol("many", prompts, (SEEN,), steps=2)
     stem = runs._score_stem(judges.JUDGES["emoji-object"]())
     lines = [{"shot": shot.key, "record": record} for shot in runs.shots(many)]
-    runs._append(tmp_path / "scores" / f"{stem}.0.jsonl", lines)
+    runs.append_sealed(tmp_path / "scores" / f"{stem}.0.jsonl", lines)
     start = time.perf_counter()
     counted = runs.Run(tmp_path, many, {}).read_as(many.with_measures(looser)).measured()
     assert time.perf_counter() - start < 1 and counted["seen"]["n"] == 1000
