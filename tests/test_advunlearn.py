@@ -129,8 +129,8 @@ def attacked(model, points, config, start=None, count=None):
 
 def gradient(model, where, delta, state):
     delta = delta.clone().requires_grad_(True)
-    attack_loss(model.text_encoder, model.unet, where, delta, state).sum().backward()
-    return delta.grad
+    losses = attack_loss(model.text_encoder, model.unet, where, delta, state)
+    return torch.autograd.grad(losses.sum(), delta)[0]
 
 
 def test_no_steps_and_one_signed_step(shared_model, points):
@@ -264,8 +264,12 @@ def test_cached_states_change_nothing_but_the_time(shared_model):
             del shared_model.unet.forward
         runs[states] = (of(seen, "loss"), edit, sum(calls))
     assert runs["cached"][0] == pytest.approx(runs["frozen"][0], rel=1e-4)
-    for name, change in runs["frozen"][1].tensors.items():
-        assert torch.allclose(runs["cached"][1].tensors[name].float(), change.float(), atol=2e-4), name
+    # What the encoders say, not their weights: a key's bias has no effect, and so Adam moves it by rounding alone.
+    before, one, other = (
+        m.encode("a church")
+        for m in (shared_model, *(runs[states][1].merged(shared_model) for states in ("frozen", "cached")))
+    )
+    assert (one - other).norm() < 0.05 * (one - before).norm()
     assert runs["cached"][2] < 0.5 * runs["frozen"][2]
 
 

@@ -171,7 +171,9 @@ def test_an_interrupted_run_that_goes_on_is_found_again(tmp_path):
 
 
 def test_training_stops_at_nan_and_keeps_the_last_good_state(tmp_path):
-    with pytest.raises(FloatingPointError, match="tiny: loss is nan at step 29; the last checkpoint, if there was one, is"):
+    with pytest.raises(
+        FloatingPointError, match="tiny: loss is nan at step 29; the last checkpoint, if there was one, is"
+    ):
         tiny_run(tmp_path, 80, nan_at=30)
     assert (tmp_path / "tiny.safetensors").exists()
     assert len(tiny_run(tmp_path, 40)) == 2

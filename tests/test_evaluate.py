@@ -447,7 +447,9 @@ def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_
         finished.read_as(dataclasses.replace(small(), steps=3))
 
     # a thousand pictures' records under a second: the same records, many times over
-    records = [runs.read_sealed(finished.folder / "scores", runs._score_stem(judges.JUDGES["emoji-object"]()))]
+    records = [
+        runs.read_sealed(finished.folder / "scores", runs._score_stem(judges.JUDGES["emoji-object"]()))
+    ]
     record = next(iter(records[0].values()))["record"]
     prompts = tuple(Prompt(f"a dog {i}", "dog", "flat", "target") for i in range(1000))
     many = Protocol("many", prompts, (SEEN,), steps=2)
