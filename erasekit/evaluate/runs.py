@@ -127,6 +127,10 @@ class Run:
         for shot in shots(self.protocol):
             yield shot, _picture(self.folder, shot, index)
 
+    def features(self, name: str) -> np.ndarray:
+        """The named features of every picture, (n, width), in the protocol's order."""
+        return FEATURES[name]([picture for _, picture in self.pictures()])
+
     def hashes(self) -> list[str]:
         """SHA-256 of every picture's pixels, in the protocol's order."""
         index = read_sealed(self.folder, "pictures")
@@ -340,10 +344,11 @@ def compare(runs: Mapping[str, Run], progress: bool = False) -> pd.DataFrame:
                 difference = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{star}"
             columns[f"{name} - {first_name}"].append(difference)
     for feature in first.protocol.features if others else ():
-        found = {
-            name: distances(first, run, feature)
-            for name, run in tqdm(others, desc=feature, disable=not progress)
+        rows = {
+            name: run.features(feature)
+            for name, run in tqdm(runs.items(), desc=feature, disable=not progress)
         }
+        found = {name: distances(rows[first_name], rows[name]) for name, _ in others}
         for label in DISTANCES:
             columns["measure"].append(f"{label}, {feature}")
             columns["protocol"].append(first.protocol.short)
@@ -357,9 +362,8 @@ def compare(runs: Mapping[str, Run], progress: bool = False) -> pd.DataFrame:
 DISTANCES = {"Frechet": metrics.frechet_distance, "KID": metrics.kid, "CMMD": metrics.cmmd}
 
 
-def distances(first: Run, other: Run, feature: str) -> dict[str, float]:
-    """Frechet distance, KID and CMMD of the named features of two runs' pictures, and how many pictures (n)."""
-    a, b = (FEATURES[feature]([picture for _, picture in run.pictures()]) for run in (first, other))
+def distances(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Frechet distance, KID and CMMD of the features of two runs' pictures, and how many pictures (n)."""
     return {name: round(float(of(a, b)), 5) for name, of in DISTANCES.items()} | {"n": len(b)}
 
 

@@ -164,7 +164,7 @@ def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, pro
         "protocol": asked.short,
         "before": others[0].measured(),
         "after": others[1].measured(),
-        **{feature: runs.distances(*others, feature) for feature in asked.features},
+        **{feature: runs.distances(*(one.features(feature) for one in others)) for feature in asked.features},
     }
     target = [result[when]["target"] for when in ("before", "after")]
     return {

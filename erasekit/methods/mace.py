@@ -36,7 +36,7 @@ from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
 from erasekit.edits import Edit
 from erasekit.layers import attention_with_gradient, cross_attention_kv, record_attention
-from erasekit.methods import esd
+from erasekit.methods import esd, uce
 from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
 from erasekit.sampling import ddim, denoise
@@ -357,15 +357,13 @@ def fit(
     concept. generator, folder and errors as in `esd.fit`.
     """
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = model.concepts(erase)
-    if not erased:
-        raise ValueError("there is nothing to erase: name at least one concept")
+    erased = esd.named(model, erase, preserve, anchor)
     if config.lora:
         esd.one_text_encoder(model)
     if unknown := set(masks or {}) - {one.name for one in erased}:
         raise ValueError(f"masks are given for {', '.join(sorted(unknown))}, which is not erased")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    anchors = [mapping(model, concept, anchor, config.anchor) for concept in erased]
+    anchors = [uce.anchored(model, concept, anchor, config.anchor) for concept in erased]
     pairs = [
         (fill(template, concept.name)[0], fill(template, instead)[0])
         for concept, instead in zip(erased, anchors, strict=True)
@@ -378,12 +376,8 @@ def fit(
     concepts = {"erase": [one.name for one in erased], "anchor": anchors, "preserve": names}
     named = dict(method="mace", config=config, concepts=concepts)
     if callback is not None:
-        drift = float((first.apply(kept) - kept).norm() / kept.norm())
-        apart = (sources - targets).norm().clamp_min(torch.finfo(torch.float64).tiny)
-        left = float((first.apply(sources) - targets).norm() / apart)
-        callback(
-            {"step": -1, "rank": first.compressed(1e-7).rank, "erase_residual": left, "preserve_drift": drift}
-        )
+        given = uce.Rows(sources, targets, kept, concepts)
+        callback({"step": -1, "rank": first.compressed(1e-7).rank, **uce.residuals(first, given)})
     if not config.lora:
         return Edit.from_context_map(first, model, **named)
 
@@ -409,14 +403,3 @@ def fit(
     fused = fuse(weights, first, changes, keys, kept, config)
     esd.discard(places)  # not before: an interrupted call finds the concepts that were done
     return Edit.from_weight_delta({f"unet.{k}": v.half() for k, v in fused.items()}, model, **named)
-
-
-def mapping(model: DiffusionModel, concept: Concept, given: str | Concept | None, default: str) -> str:
-    """The phrase that a concept is mapped to. ValueError where it is unknown to the world."""
-    if isinstance(given, Concept):
-        return given.name
-    if given is None:
-        return default if concept.anchor is None else concept.anchor
-    if given.strip():
-        model.concepts(given)
-    return given

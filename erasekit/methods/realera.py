@@ -32,7 +32,7 @@ from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
 from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
-from erasekit.methods import esd, mace
+from erasekit.methods import esd, mace, uce
 from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
 
@@ -439,14 +439,12 @@ def fit(
     far and concept. generator, folder and errors as in `esd.fit`.
     """
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = model.concepts(erase)
-    if not erased:
-        raise ValueError("there is nothing to erase: name at least one concept")
+    erased = esd.named(model, erase, preserve, anchor)
     if config.lora:
         esd.one_text_encoder(model)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     siblings = model.concepts(preserve)
-    anchors = [mace.mapping(model, concept, anchor, config.anchor) for concept in erased]
+    anchors = [uce.anchored(model, concept, anchor, config.anchor) for concept in erased]
     names, captions = retained(model, erased, siblings, config.keep_templates, null=True)
     kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
     wanted = config.mode == "subspace" and config.neighbour

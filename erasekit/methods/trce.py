@@ -48,7 +48,7 @@ from erasekit.concepts import (
 from erasekit.edits import Edit
 from erasekit.evaluate import runs
 from erasekit.layers import text_projected_once, unet_parameters
-from erasekit.methods import esd
+from erasekit.methods import esd, uce
 from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
 from erasekit.paths import DATA, replacing
@@ -386,15 +386,11 @@ def fit(
     a gradient. generator, folder and errors as in `esd.fit`.
     """
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = model.concepts(erase)
-    if not erased:
-        raise ValueError("there is nothing to erase: name at least one concept")
+    erased = esd.named(model, erase, preserve, anchor)
     if config.stages != "text":
         esd.one_text_encoder(model)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     instead = anchor.name if isinstance(anchor, Concept) else anchor
-    if isinstance(anchor, str) and anchor.strip():
-        model.concepts(anchor)  # an unknown anchor is an error, as an unknown concept is
     given = pairs(erased, instead, config)
     about = [
         replace(one, synonyms=tuple(phrase for phrase, _ in phrases(one, instead, config))) for one in erased
@@ -414,15 +410,8 @@ def fit(
         sources, targets = rows(model, given, config)
         first = solve(sources, targets, kept, config, len(given), len(captions))
         if callback is not None:
-            relative = lambda a, b: float((first.apply(a) - b).norm() / (a - b if a is not b else b).norm())
-            callback(
-                {
-                    "step": -1,
-                    "rank": first.compressed(1e-7).rank,
-                    "erase_residual": relative(sources, targets),
-                    "preserve_drift": relative(kept, kept),
-                }
-            )
+            whole = uce.Rows(sources, targets, kept, concepts)
+            callback({"step": -1, "rank": first.compressed(1e-7).rank, **uce.residuals(first, whole)})
         if config.stages == "text":
             return Edit.from_context_map(first, model, **named)
 

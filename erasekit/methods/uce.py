@@ -114,7 +114,7 @@ def rows(
         raise ValueError(
             f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
         )
-    anchors = [_anchor(model, concept, anchor, config) for concept in erased]
+    anchors = [anchored(model, concept, anchor, config.anchor) for concept in erased]
 
     pairs = [
         (template, phrase, instead)
@@ -186,11 +186,14 @@ def residuals(context_map: ContextMap, given: Rows) -> dict[str, float]:
     }
 
 
-def _anchor(model: DiffusionModel, concept: Concept, given: str | Concept | None, config: Config) -> str:
+def anchored(model: DiffusionModel, concept: Concept, given: str | Concept | None, default: str) -> str:
+    """What is drawn instead of a concept: `given`, else its own anchor, else the default. ValueError where `given` is
+    unknown to the world.
+    """
     if isinstance(given, Concept):
         return given.name
     if given is None:
-        return config.anchor if concept.anchor is None else concept.anchor
+        return default if concept.anchor is None else concept.anchor
     if given.strip():
         model.concepts(given)  # an unknown anchor is an error, as an unknown concept is
     return given
