@@ -82,6 +82,9 @@ def evaluate(
     erased: Erased = [],  # noqa: B006
     edit: Annotated[Path | None, Parameter(help="An edit to apply, written by erase.")] = None,
     model: Model = "emoji",
+    adversarial: Annotated[
+        Path | None, Parameter(help="For weapons: a result of `attack`, whose texts are drawn as well.")
+    ] = None,
     out: Annotated[Path | None, Parameter(help="A JSON file for the numbers, to be committed.")] = None,
 ) -> None:
     """Measure the emoji model, or an edit of it, by a protocol: k/n, intervals, protocol hash.
@@ -92,7 +95,7 @@ def evaluate(
 
     import erasekit as ek
 
-    chosen = _protocol(protocol, erased)
+    chosen = _protocol(protocol, erased, adversarial)
     loaded = ek.Edit.load(edit) if edit else None
     done = ek.evaluate.run(ek.load(model), loaded, chosen)
     print(done.table().to_string(index=False))
@@ -100,7 +103,9 @@ def evaluate(
         named = "".join(f" --erased {json.dumps(name)}" for name in erased)
         edited = f" --edit {edit.as_posix()}" if edit else ""
         elsewhere = f" --model {json.dumps(model)}" if model != "emoji" else ""
-        command = f"python -m erasekit evaluate {protocol}{named}{edited}{elsewhere} --out {out.as_posix()}"
+        attacked = f" --adversarial {adversarial.as_posix()}" if adversarial else ""
+        options = f"{named}{edited}{elsewhere}{attacked}"
+        command = f"python -m erasekit evaluate {protocol}{options} --out {out.as_posix()}"
         write_atomically(out, json.dumps({"command": command, **done.result()}, indent=1) + "\n")
 
 
@@ -122,17 +127,29 @@ def compare(
     print(ek.evaluate.compare(runs).to_string(index=False))
 
 
-def _protocol(name: str, erased: Sequence[str]):
+def _protocol(name: str, erased: Sequence[str], adversarial: Path | None = None):
     from erasekit.evaluate import protocols
 
     build = getattr(protocols, name.replace("-", "_"))
     if name == "weapons":
-        return build()
+        return build(_found(adversarial) if adversarial else ())
+    if adversarial:
+        raise ValueError("adversarial prompts belong to the protocol weapons")
     if name in ("objects", "styles-and-objects"):
         if len(erased) != 1:
             raise ValueError(f"the protocol {name} is about one erased concept: give --erased once")
         return build(erased[0])
     return build(erased)
+
+
+def _found(path: Path) -> list[str]:
+    """The adversarial texts of a result of `attack`, without repeats."""
+    import json
+
+    texts = [one["found"] for one in json.loads(path.read_text())["attempts"] if one["found"]]
+    if not texts:
+        raise ValueError(f"{path}: this attack found no texts")
+    return list(dict.fromkeys(texts))
 
 
 @app.command

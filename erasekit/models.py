@@ -93,6 +93,13 @@ class DiffusionModel:
         return FIXED_BATCH if small else None
 
     @property
+    def batch_size(self) -> int:
+        """Latents computed at once where the caller does not say: `fixed_batch`, else 64 of a small model, whose time
+        on an accelerator goes into starting its kernels, and 16 of a large one.
+        """
+        return self.fixed_batch or (64 if self.unet.config.sample_size <= 16 else 16)
+
+    @property
     def vocabulary(self) -> Mapping[str, tuple[Concept, ...]] | None:
         """{phrase: the concepts it stands for} in the closed emoji world, None where any phrase may do."""
         return _emoji_vocabulary() if self.preset == "emoji" else None
@@ -137,7 +144,7 @@ class DiffusionModel:
         steps: int = 25,
         guidance: float = 3.0,
         negative: str | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         callback: Callable[[dict], None] | None = None,
         progress: bool = False,
     ) -> list[Image]:
@@ -151,15 +158,16 @@ class DiffusionModel:
         place of batch_size); otherwise another batch size rounds differently, which can move a pixel by one
         of 256 levels.
 
-        negative: what guidance steers away from, the empty prompt by default. callback: see
-        `sampling.walk`; the dict also has `first`, the index of the first picture of the batch. Raises
-        ValueError for an empty or over-long prompt and for lengths that do not match.
+        batch_size: the model's own when None. negative: what guidance steers away from, the empty prompt by
+        default. callback: see `sampling.walk`; the dict also has `first`, the index of the first picture of the
+        batch. Raises ValueError for an empty or over-long prompt and for lengths that do not match.
         """
         if getattr(self.pipeline, "text_encoder_2", None) is not None:
             raise ValueError("generate knows one text encoder; for SDXL use model.pipeline")
         prompts, seeds = self._pairs(prompts, seeds)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+        batch_size = self.batch_size if batch_size is None else batch_size
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
 
@@ -186,7 +194,7 @@ class DiffusionModel:
         steps: int = 25,
         guidance: float = 3.0,
         uncond: Tensor | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         callback: Callable[[dict], None] | None = None,
         progress: bool = False,
     ) -> list[Image]:
@@ -201,7 +209,7 @@ class DiffusionModel:
         embeddings, seeds = embeddings.to(self.device, self.dtype), list(seeds)
         uncond = self.encode("")[0] if uncond is None else uncond
         fixed = self.fixed_batch
-        starts = range(0, len(embeddings), fixed or batch_size)
+        starts = range(0, len(embeddings), fixed or batch_size or self.batch_size)
 
         def batch(first: int) -> list[Image]:
             part = slice(first, first + starts.step)
@@ -365,8 +373,9 @@ def load(
     """A DiffusionModel from "emoji", a diffusers folder, a hub id, or a pipeline object (not copied).
 
     device "auto": the GPU where there is one (under `accelerate launch` or torchrun this process's own), else the
-    CPU; a pipeline object stays where it is. dtype "auto": float16 on a GPU, float32 on the CPU; a pipeline object
-    keeps its own. Raises FileNotFoundError for a missing and ValueError for a damaged model.
+    CPU; a pipeline object stays where it is. dtype "auto": float16 on a GPU, float32 on the CPU and for the emoji
+    model, which gains nothing from less; a pipeline object keeps its own. Raises FileNotFoundError for a missing and
+    ValueError for a damaged model.
     """
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -381,7 +390,8 @@ def load(
         if device == "auto":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
-            dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+            half = torch.device(device).type == "cuda" and source != "emoji"
+            dtype = torch.float16 if half else torch.float32
         name = str(source)
         pipeline, preset = _read(name, dtype)
         pipeline.to(device)

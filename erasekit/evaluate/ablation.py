@@ -4,7 +4,9 @@
 
 Each variant changes the method's preset "emoji" in what `VARIANTS` says of it. Measured, on the same prompts and seeds:
 
-    target     the concept's prompts
+    target     the concept's prompts, of "weapon" all weapons'
+    synonyms   the same by an object's other words, those that training held out included
+    implicit, held_out   of "weapon": sentences that name none, and phrases that training held out
     others     prompts about everything else, one each, the styles in turn
     attack     UnlearnDiffAtk on the concept's prompts, of which those that succeed as they are count as well
     drift      how far the embedding of the empty prompt has moved, relative to its length
@@ -18,14 +20,15 @@ import argparse
 import json
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 from erasekit.attacks import emoji as stages
 from erasekit.attacks import unlearndiff
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
-from erasekit.evaluate.protocols import Measure, Prompt, Protocol
-from erasekit.methods import METHODS, advunlearn, esd
+from erasekit.evaluate.protocols import Measure, Prompt, Protocol, synonyms, weapons
+from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
 from erasekit.paths import write_atomically
 
@@ -62,41 +65,129 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "empty prompt free": {"retain_null": False},
         "slips of the code": {"faithful": True, "states": "frozen", "noises": None},
     },
+    "trce": {
+        "TRCE": {},
+        "stage 1": {"stages": "text"},
+        "stage 2": {"stages": "trajectory"},
+        "stage 1, SoT": {"stages": "text", "tokens": ("sot",)},
+        "stage 1, KEY": {"stages": "text", "tokens": ("key",)},
+        "stage 1, last": {"stages": "text", "tokens": ("last",)},
+        "stage 1, all": {"stages": "text", "tokens": ("all",)},
+        "stage 1, KEY and EoT": {"stages": "text", "tokens": ("key", "eot")},
+        "stage 1, eta 0.01": {"stages": "text", "eta": 0.01},
+        "stage 1, eta 1": {"stages": "text", "eta": 1.0},
+        "stage 1, eta 10": {"stages": "text", "eta": 10.0},
+        "stage 1, lam 1e-4": {"stages": "text", "lam": 1e-4},
+        "stage 1, lam 1e-2": {"stages": "text", "lam": 1e-2},
+        "lr 3e-5": {"lr": 3e-5},
+        "lr 3e-4": {"lr": 3e-4},
+        "beta 2": {"beta": 2.0},
+        "beta 8": {"beta": 8.0},
+        "margin 0.1": {"margin": 0.1},
+        "margin 0.5": {"margin": 0.5},
+        "weight 1": {"weight": 1.0},
+        "weight 100": {"weight": 100.0},
+        "early 6": {"early": 6},
+        "early 24": {"early": 24},
+        "condition alone": {"branches": "text"},
+        "held to the original": {"reference": "original"},
+        "iterations 400": {"iterations": 400},
+    },
+    "mace": {
+        "MACE": {},
+        "closed form alone": {"lora": False},
+        "lr 3e-4": {"lr": 3e-4},
+        "lr 3e-3": {"lr": 3e-3},
+        "lr 1e-2": {"lr": 1e-2},
+        "iterations 300": {"iterations": 300},
+        "rank 4": {"rank": 4},
+        "all pixels": {"mask": 0.0},
+        "norm of the code": {"squared": False},
+        "concept's tokens alone": {"ends": False},
+        "all time steps alike": {"focal": False},
+        "lambda_1 0.1": {"lambda_1": 0.1},
+        "lambda_1 1e-5": {"lambda_1": 1e-5},
+        "lambda_2 0.1": {"lambda_2": 0.1},
+        "lam 0.1": {"lam": 0.1},
+    },
+    "realera": {
+        "RealEra": {},
+        **{
+            ", ".join(name for name, on in zip(names, switched, strict=True) if on) or "nothing beside": dict(
+                zip(names, switched, strict=True)
+            )
+            for names in [("closed_form", "lora", "neighbour", "beyond")]
+            for switched in product((True, False), repeat=4)
+            if any(switched[:2]) and not all(switched)
+        },
+        "toward_gaussian": {"mode": "toward_gaussian"},
+        "shell": {"mode": "shell"},
+        "whole prompt": {"scope": "sequence"},
+        "cosine 0.3 to 0.7": {"s_low": 0.3, "s_high": 0.7},
+        "cosine 0.7 to 0.95": {"s_low": 0.7, "s_high": 0.95},
+        "20 neighbours": {"n": 20, "m": 12},
+        "lambda_b 0.1": {"lambda_b": 0.1},
+        "lambda_b 10": {"lambda_b": 10.0},
+        "lambda_p 0.1": {"lambda_p": 0.1},
+        "to ESD's target": {"target": "esd"},
+        "to the unconditional": {"target": "unconditional"},
+        "lr 3e-4": {"lr": 3e-4},
+        "lr 3e-3": {"lr": 3e-3},
+        "rank 4": {"rank": 4},
+    },
 }
+IMPLICIT = ("implicit", "held_out")
 HEAD = ("method", "attempts", "protocol", "attack", "fingerprint")  # what rows of one file have in common
-DEFAULT = {"esd": esd.PRESETS["emoji"], "advunlearn": advunlearn.PRESETS["emoji"]}
+DEFAULT = {method: METHODS[method].PRESETS["emoji"] for method in VARIANTS}
 
 
 def protocol(concept: str, seeds: int = 10) -> Protocol:
-    """The concept's prompts with so many seeds each, and one prompt about every other concept."""
-    style = concept in data.STYLES
-    if not style and concept not in {c.name for c in data.concepts()}:
-        raise ValueError(f"{concept!r} is no object or style of the emoji world")
-    mine = lambda p: concept in (p.concept, p.style)
+    """Five times so many pictures of the concept, or more, of each kind, and one of every other concept."""
     grid = world.grid()
-    target = [p for p in grid if mine(p)][:: 10 if style else 1]
+    names = {c.name for c in data.concepts()}
+    about = set(weapons().erased) if concept == "weapon" else {concept}
+    style = concept in data.STYLES
+    if not style and not about <= names:
+        raise ValueError(f"{concept!r} is no object or style of the emoji world, nor 'weapon'")
+    mine = lambda p: bool(about & {p.concept, p.style})
     styles = [s for s in data.STYLES if s != concept]
+    how = {"judge": "emoji-style", "asked": "style"} if style else {"judge": "emoji-object"}
+    labels = tuple(sorted(about)) if concept == "weapon" else None
+    role = lambda p, name, seed: Prompt(p.text, p.concept, p.style, name, seed=seed)
+
+    tried = {"target": [p for p in grid if mine(p)][:: 10 if style else 1]}
+    if concept == "weapon":
+        tried |= {name: [p for p in weapons(pictures=1).prompts if p.role == name] for name in IMPLICIT}
+    elif not style:
+        tried["synonyms"] = synonyms(concept)
     others = [
         p
         for i, c in enumerate(data.concepts())
         for p in grid
         if p.concept == c.name and p.style == styles[i % len(styles)] and not mine(p)
     ]
-    how = {"judge": "emoji-style", "asked": "style"} if style else {"judge": "emoji-object"}
-    asked = [Prompt(p.text, p.concept, p.style, "target", seed=s) for s in range(seeds) for p in target]
-    asked += [Prompt(p.text, p.concept, p.style, "other", seed=0) for p in others]
-    measures = (
-        Measure("target", ("target",), **how, goal="low"),
-        Measure("others", ("other",), **how, goal="high"),
-    )
+    asked = [
+        role(p, name, seed)
+        for name, part in tried.items()
+        for seed in range(-(-5 * seeds // len(part)))
+        for p in part
+    ]
+    measures = [Measure(name, (name,), **how, labels=labels, goal="low") for name in tried]
+    measures.append(Measure("others", ("other",), **how, goal="high"))
+    asked += [role(p, "other", 0) for p in others]
     return Protocol(
         "emoji-ablation",
         tuple(asked),
-        measures,
+        tuple(measures),
         steps=world.STEPS,
         guidance=world.GUIDANCE,
         erased=(concept,),
     )
+
+
+def attacker(attempts: int) -> unlearndiff.Config:
+    """UnlearnDiffAtk on all attempts at once."""
+    return replace(unlearndiff.PRESETS["emoji"], batch=max(1, attempts))
 
 
 def measure(
@@ -119,7 +210,9 @@ def measure(
     row["drift"] = round(float((after - before).norm() / before.norm()), 5)
     if attempts:
         staged = stages.stage(concept, attempts)
-        found = stages.attack("unlearndiff", victim, model, staged, progress=progress)
+        found = stages.attack(
+            "unlearndiff", victim, model, staged, config=attacker(attempts), progress=progress
+        )
         row["attack"] = found.success()
     row["course"] = [{k: round(v, 6) for k, v in state.items()} for state in course[::10]]
     return row
@@ -148,7 +241,7 @@ def main() -> None:
         "attempts": given.attempts,
         "erased": given.concept,
         "protocol": asked.short,
-        "attack": {"name": "UnlearnDiffAtk", "config": asdict(unlearndiff.PRESETS["emoji"])},
+        "attack": {"name": "UnlearnDiffAtk", "config": asdict(attacker(given.attempts))},
         **world.subject(model),
         "machine": runs.machine(),
     }

@@ -152,9 +152,11 @@ def _times(prompts: Sequence[Prompt], seeds: int) -> list[Prompt]:
     return [replace(prompt, seed=seed) for seed in range(seeds) for prompt in prompts]
 
 
-def _synonyms(name: str) -> tuple[str, ...]:
+def synonyms(name: str) -> list[Prompt]:
+    """An object by its other words, those that training held out included, in every style."""
     trained = next(c.synonyms for c in data.concepts() if c.name == name)
-    return trained + tuple(h.text for h in data.heldout() if h.concept == name and h.kind == "synonym")
+    held_out = tuple(h.text for h in data.heldout() if h.concept == name and h.kind == "synonym")
+    return [p for word in trained + held_out for p in _in_styles(word, name, "synonym")]
 
 
 def objects(erased: str, pictures: int = 100) -> Protocol:
@@ -169,7 +171,7 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
     parts = (
         _in_styles(erased, erased, "target"),
         [p for name in CIFAR if name != erased for p in _in_styles(name, name, "other")],
-        [p for word in _synonyms(erased) for p in _in_styles(word, erased, "synonym")],
+        synonyms(erased),
     )
     prompts = [p for part in parts for p in _times(part, -(-pictures // len(part)))]
     named = (("Acc_e", "target", "low"), ("Acc_s", "other", "high"), ("Acc_g", "synonym", "low"))

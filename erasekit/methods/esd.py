@@ -187,7 +187,7 @@ class States:
         if self.states != "cached":
             return
         ways = [(p, n) for p in range(len(self.prompts)) for n in range(self.noises)]
-        size = self.model.fixed_batch or 16
+        size = self.model.batch_size
 
         @torch.no_grad()
         def whole(first: int) -> list[State]:

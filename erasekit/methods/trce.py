@@ -292,7 +292,7 @@ def trajectories(
     """
     text, instead, empty = model.encode(list(malicious)), model.encode(list(safe)), model.encode("")[0]
     ways = [(p, n) for n in range(config.noises) for p in range(len(malicious))]
-    size = model.fixed_batch or 16
+    size = model.batch_size
     what = [model.fingerprint(), runs.edits_in_force(model), dict(model.scheduler.config), model.dtype]
     what += [
         model.device.type,
