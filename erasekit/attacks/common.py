@@ -471,7 +471,7 @@ def unknowing(model: DiffusionModel, generator: torch.Generator) -> DiffusionMod
         for name, parameter in fresh.named_parameters():
             value = (
                 torch.randn(parameter.shape, generator=generator)
-                * model.text_encoder.get_parameter(name).float().std()
+                * model.text_encoder.get_parameter(name).float().std().cpu()
             )
             parameter.copy_(
                 torch.ones_like(parameter) if "norm" in name and name.endswith("weight") else value

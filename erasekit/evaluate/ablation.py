@@ -207,6 +207,7 @@ def measure(
     victim = edit.merged(model)
     before, after = model.encode(""), victim.encode("")
     row = {"changes": changes, "config": asdict(config), "seconds": round(seconds, 1), **done.measured()}
+    row["machine"] = runs.machine()
     row["drift"] = round(float((after - before).norm() / before.norm()), 5)
     if attempts:
         staged = stages.stage(concept, attempts)
@@ -214,7 +215,7 @@ def measure(
             "unlearndiff", victim, model, staged, config=attacker(attempts), progress=progress
         )
         row["attack"] = found.success()
-    row["course"] = [{k: round(v, 6) for k, v in state.items()} for state in course[::10]]
+    row["course"] = [{k: v if isinstance(v, str) else round(v, 6) for k, v in state.items()} for state in course[::10]]
     return row
 
 
@@ -243,7 +244,6 @@ def main() -> None:
         "protocol": asked.short,
         "attack": {"name": "UnlearnDiffAtk", "config": asdict(attacker(given.attempts))},
         **world.subject(model),
-        "machine": runs.machine(),
     }
     old = json.loads(given.out.read_text()) if given.out.exists() else {}
     same = all(old.get(key) == json.loads(json.dumps(head[key])) for key in HEAD)
