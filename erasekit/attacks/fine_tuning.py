@@ -47,6 +47,30 @@ PRESETS = {
 }
 
 
+def objective(
+    model: DiffusionModel,
+    tuned: DiffusionModel,
+    pictures: Sequence[Image],
+    captions: Sequence[str],
+    config: Config,
+) -> Callable[[int, torch.Generator], dict]:
+    """The diffusion loss of `tuned` on captioned pictures, as `training.optimize` takes it; `model` encodes both."""
+    clean, text = common.latents_of(model, pictures), model.encode(list(captions))
+    empty = model.encode("")
+
+    def loss(step: int, generator: torch.Generator) -> dict:
+        picked = torch.randint(len(clean), (config.batch,), generator=generator)
+        t = torch.randint(1000, (config.batch,), generator=generator).to(model.device)
+        noise = torch.randn((config.batch, *clean.shape[1:]), generator=generator).to(
+            clean.device, clean.dtype
+        )
+        dropped = (torch.rand(config.batch, generator=generator) < config.drop).to(model.device)
+        given = torch.where(dropped[:, None, None], empty, text[picked.to(text.device)])
+        return {"loss": common.noise_error(tuned, clean[picked.to(clean.device)], noise, t, given).mean()}
+
+    return loss
+
+
 def run(
     model: DiffusionModel,
     prompts: str | Sequence[str],
@@ -75,20 +99,9 @@ def run(
     )  # fmt: skip
     shots, own = setting.shots, setting.generators()[0]
     texts = [shot.prompt.text for shot in shots]
-    clean, text = common.latents_of(model, pictures), model.encode(list(captions))
-    empty = model.encode("")
     # the weights as they are, with the edits in force
     tuned = DiffusionModel(copied(model.pipeline), model.preset)
-
-    def loss(step: int, generator: torch.Generator) -> dict:
-        picked = torch.randint(len(clean), (config.batch,), generator=generator)
-        t = torch.randint(1000, (config.batch,), generator=generator).to(model.device)
-        noise = torch.randn((config.batch, *clean.shape[1:]), generator=generator).to(
-            clean.device, clean.dtype
-        )
-        dropped = (torch.rand(config.batch, generator=generator) < config.drop).to(model.device)
-        given = torch.where(dropped[:, None, None], empty, text[picked.to(text.device)])
-        return {"loss": common.noise_error(tuned, clean[picked.to(clean.device)], noise, t, given).mean()}
+    loss = objective(model, tuned, pictures, captions, config)
 
     def stage(piece: list[int]) -> list[dict]:
         (number,) = piece

@@ -215,7 +215,9 @@ def measure(
             "unlearndiff", victim, model, staged, config=attacker(attempts), progress=progress
         )
         row["attack"] = found.success()
-    row["course"] = [{k: v if isinstance(v, str) else round(v, 6) for k, v in state.items()} for state in course[::10]]
+    row["course"] = [
+        {k: v if isinstance(v, str) else round(v, 6) for k, v in state.items()} for state in course[::10]
+    ]
     return row
 
 
