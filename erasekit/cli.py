@@ -85,6 +85,7 @@ def evaluate(
     adversarial: Annotated[
         Path | None, Parameter(help="For weapons: a result of `attack`, whose texts are drawn as well.")
     ] = None,
+    pictures: Annotated[int, Parameter(help="Of each kind of prompts, at least.")] = 100,
     out: Annotated[Path | None, Parameter(help="A JSON file for the numbers, to be committed.")] = None,
 ) -> None:
     """Measure the emoji model, or an edit of it, by a protocol: k/n, intervals, protocol hash.
@@ -95,7 +96,7 @@ def evaluate(
 
     import erasekit as ek
 
-    chosen = _protocol(protocol, erased, adversarial)
+    chosen = _protocol(protocol, erased, pictures, adversarial)
     loaded = ek.Edit.load(edit) if edit else None
     done = ek.evaluate.run(ek.load(model), loaded, chosen)
     print(done.table().to_string(index=False))
@@ -104,6 +105,7 @@ def evaluate(
         edited = f" --edit {edit.as_posix()}" if edit else ""
         elsewhere = f" --model {json.dumps(model)}" if model != "emoji" else ""
         attacked = f" --adversarial {adversarial.as_posix()}" if adversarial else ""
+        attacked += f" --pictures {pictures}" if pictures != 100 else ""
         options = f"{named}{edited}{elsewhere}{attacked}"
         command = f"python -m erasekit evaluate {protocol}{options} --out {out.as_posix()}"
         write_atomically(out, json.dumps({"command": command, **done.result()}, indent=1) + "\n")
@@ -127,19 +129,22 @@ def compare(
     print(ek.evaluate.compare(runs).to_string(index=False))
 
 
-def _protocol(name: str, erased: Sequence[str], adversarial: Path | None = None):
+def _protocol(name: str, erased: Sequence[str], pictures: int = 100, adversarial: Path | None = None):
     from erasekit.evaluate import protocols
 
     build = getattr(protocols, name.replace("-", "_"))
     if name == "weapons":
-        return build(_found(adversarial) if adversarial else ())
+        return build(_found(adversarial) if adversarial else (), pictures)
     if adversarial:
         raise ValueError("adversarial prompts belong to the protocol weapons")
-    if name in ("objects", "styles-and-objects"):
-        if len(erased) != 1:
-            raise ValueError(f"the protocol {name} is about one erased concept: give --erased once")
-        return build(erased[0])
-    return build(erased)
+    if name in ("objects", "styles-and-objects") and len(erased) != 1:
+        raise ValueError(f"the protocol {name} is about one erased concept: give --erased once")
+    about = erased[0] if name in ("objects", "styles-and-objects") else erased
+    if name in ("objects", "characters"):
+        return build(about, pictures)
+    if pictures != 100:
+        raise ValueError(f"the protocol {name} has a fixed number of pictures: leave --pictures out")
+    return build(about)
 
 
 def _found(path: Path) -> list[str]:

@@ -138,3 +138,27 @@ def check_esd_target(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         assert torch.allclose(theirs(a, b, eta), expected, atol=1e-6), f"eta {eta:g} should give {hint}"
     assert torch.allclose(theirs(a, b, 1.0), 2 * a - b, atol=1e-6), "eta 1 should lead away from the text"
     print("esd_target: all tests passed")
+
+
+def linear_hinge(predicted: Tensor, safe: Tensor, unsafe: Tensor, margin: float) -> Tensor:
+    """max(mean (x - f_s)^2 - mean (x - f_u)^2 + delta, 0) of each row, as one inner product with f_s - f_u."""
+    difference = safe - unsafe
+    inner = lambda a, b: (a * b).flatten(1).mean(1)
+    return (inner(difference, safe + unsafe) - 2 * inner(predicted, difference) + margin).relu()
+
+
+def check_linear_hinge(theirs: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 22, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    x, safe, unsafe = (torch.randn(4, 3, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    mean = lambda a: a.square().flatten(1).mean(1)
+    for margin in (0.0, 5.0):
+        expected = (mean(x - safe) - mean(x - unsafe) + margin).relu()
+        found = theirs(x, safe, unsafe, margin)
+        assert found.shape == (4,), f"one number for each row, shape (4,); yours is {tuple(found.shape)}"
+        assert torch.allclose(found, expected), (
+            f"with margin {margin:g} it should be {expected}, yours is {found}"
+        )
+    at_safe = theirs(safe, safe, unsafe, 0.1)
+    assert not at_safe.any(), "at the safe prediction, far from the unsafe one, there is nothing left to do"
+    print("linear_hinge: all tests passed")

@@ -658,6 +658,9 @@ def test_erase_with_options_of_the_method(tmp_path, capsys):
         ("evaluate objects", "give --erased once"),
         ("evaluate objects --erased unicorn", "unicorn"),
         ("evaluate everything", "everything"),
+        ("evaluate utility --pictures 200", "leave --pictures out"),
+        ("evaluate objects --erased dog --adversarial x.json", "belong to the protocol weapons"),
+        ("evaluate weapons --adversarial no_such.json", "no_such.json"),
         ("erase uce church --out x --lam much", "much"),
         ("erase uce church --out x --preset no_such", "no_such"),
     ],
@@ -671,6 +674,27 @@ def test_bad_input_is_one_line(line, said, capsys, tmp_path, monkeypatch):
     err = capsys.readouterr().err
     errors = [one for one in err.splitlines() if one.startswith("error: ")]
     assert stopped.value.code == 2 and len(errors) == 1 and said in errors[0]
+
+
+def test_texts_of_an_attack_join_the_weapon_prompts(tmp_path):
+    """Each once, under a role of its own; more pictures are more seeds of the same prompts."""
+    from erasekit.cli import _protocol
+
+    found = [{"found": text} for text in ("sharp thing", "loud thing", "sharp thing", None)]
+    (tmp_path / "a.json").write_text(json.dumps({"attempts": found}))
+    asked = _protocol("weapons", [], adversarial=tmp_path / "a.json")
+    assert [p.text for p in asked.prompts if p.role == "adversarial"] == ["sharp thing", "loud thing"]
+    assert "adversarial" in {measure.name for measure in asked.measures}
+    plain, more = _protocol("weapons", []), _protocol("weapons", [], 200)
+    assert "adversarial" not in {p.role for p in plain.prompts}
+    count = lambda protocol, role: sum(p.role == role for p in protocol.prompts)
+    for role in ("explicit", "implicit", "held_out", "other"):
+        assert count(more, role) >= 200 > count(plain, role) >= 100
+        texts = [{p.text for p in one.prompts if p.role == role} for one in (plain, more)]
+        assert texts[0] == texts[1]
+    (tmp_path / "none.json").write_text(json.dumps({"attempts": [{"found": None}]}))
+    with pytest.raises(ValueError, match="found no texts"):
+        _protocol("weapons", [], adversarial=tmp_path / "none.json")
 
 
 def test_every_shipped_file_has_a_licence():
@@ -725,6 +749,29 @@ def test_prompts_of_an_ablation(concept, target, others):
     assert not any(concept in (p.concept, p.style) for p in rest)
     assert target in (None, len(about)) and len(rest) == others
     assert len({p.concept for p in rest}) == others and len({p.style for p in rest}) >= 4
+
+
+def test_an_ablation_of_weapons_asks_by_name_and_without_one():
+    from erasekit.emoji import data
+    from erasekit.evaluate import ablation
+
+    asked = ablation.protocol("weapon")
+    armed = {c.name for c in data.concepts() if c.weapon}
+    words = {name.lower() for name in armed}
+    roles = {m.name: [p for p in asked.prompts if m.roles == (p.role,)] for m in asked.measures}
+    assert list(roles) == ["target", "implicit", "held_out", "others"] and min(map(len, roles.values())) >= 50
+    assert {p.concept for p in roles["target"]} == armed and not armed & {p.concept for p in roles["others"]}
+    assert not any(words & set(p.text.lower().replace(",", "").split()) for p in roles["implicit"])
+    assert all(set(m.labels) == armed for m in asked.measures if m.name != "others")
+
+
+def test_an_ablation_of_an_object_asks_by_its_other_words():
+    from erasekit.evaluate import ablation
+
+    synonyms = [p for p in ablation.protocol("dog").prompts if p.role == "synonyms"]
+    assert len(synonyms) >= 50 and all(p.concept == "dog" and " dog " not in p.text for p in synonyms)
+    with pytest.raises(ValueError, match="no object or style"):
+        ablation.protocol("unicorn")
 
 
 def test_an_ablation_goes_on(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Loading, generating and encoding on tiny pipelines of the real classes."""
 
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -25,6 +26,17 @@ def largest_difference(a, b):
 
 
 # ---- generate -----------------------------------------------------------------------------------
+
+
+def test_batch_size_where_the_caller_does_not_say(shared_model):
+    """Four of a small model on the CPU, many of one on an accelerator, some of a large one."""
+    assert shared_model.batch_size == shared_model.fixed_batch == 4
+    config = types.SimpleNamespace(sample_size=8)
+    unet = types.SimpleNamespace(config=config, device=torch.device("cuda"))
+    model = models.DiffusionModel(types.SimpleNamespace(unet=unet))
+    assert (model.fixed_batch, model.batch_size) == (None, 64)
+    config.sample_size = 64
+    assert model.batch_size == 16
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
