@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "latest": {"start": "latest"},
         "retain set filtered": {"retain_similarity": 0.5},
         "empty prompt free": {"retain_null": False},
+        "states drawn anew": {"states": "frozen", "noises": None},
         "slips of the code": {"faithful": True, "states": "frozen", "noises": None},
     },
     "trce": {
