@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "no retain set": {"gamma": 0.0},
         "no attack": {"attack_steps": 0},
         "UNet": {"part": "x"},
+        "UNet, trained longer": {"part": "x", "iterations": 300, "batch": 8},
         "gamma 0.2": {"gamma": 0.2},
         "gamma 2": {"gamma": 2.0},
         "K = 3": {"attack_steps": 3},
