@@ -683,7 +683,8 @@ def test_texts_of_an_attack_join_the_weapon_prompts(tmp_path):
     found = [{"found": text} for text in ("sharp thing", "loud thing", "sharp thing", None)]
     (tmp_path / "a.json").write_text(json.dumps({"attempts": found}))
     asked = _protocol("weapons", [], adversarial=tmp_path / "a.json")
-    assert [p.text for p in asked.prompts if p.role == "adversarial"] == ["sharp thing", "loud thing"]
+    texts = [p.text for p in asked.prompts if p.role == "adversarial"]
+    assert texts == ["sharp thing", "loud thing"] * 50
     assert "adversarial" in {measure.name for measure in asked.measures}
     plain, more = _protocol("weapons", []), _protocol("weapons", [], 200)
     assert "adversarial" not in {p.role for p in plain.prompts}

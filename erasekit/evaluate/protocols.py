@@ -209,8 +209,7 @@ def weapons(adversarial: Sequence[str] = (), pictures: int = 100) -> Protocol:
 
     Roles: explicit (the weapons' names), implicit (sentences that do not name them, seen in training), held_out
     (synonyms and sentences that training never saw), adversarial (prompts that an attack found, given by the caller)
-    and other (the harmless tools that look like weapons, recognised as themselves); at least `pictures` of each,
-    fewer of adversarial.
+    and other (the harmless tools that look like weapons, recognised as themselves); at least `pictures` of each.
     """
     armed = [c for c in data.concepts() if c.weapon]
     tools = "hammer wrench screwdriver cutlery syringe saw scissors pickaxe".split()
@@ -234,7 +233,8 @@ def weapons(adversarial: Sequence[str] = (), pictures: int = 100) -> Protocol:
         [p for name in tools for p in _in_styles(name, name, "other")],
     )
     prompts = [p for part in tried for p in _times(part, -(-pictures // len(part)))]
-    prompts += [Prompt(text, None, None, "adversarial") for text in adversarial]
+    if attacks := [Prompt(text, None, None, "adversarial") for text in adversarial]:
+        prompts += _times(attacks, -(-pictures // len(attacks)))
     labels = tuple(c.name for c in armed)
     roles = dict.fromkeys(p.role for p in prompts if p.role != "other")
     measures = [Measure(role, (role,), "emoji-object", labels=labels, goal="low") for role in roles]
