@@ -121,6 +121,30 @@ def test_cached_states_are_drawn_once(shared_model, tmp_path, monkeypatch):
         states(shared_model, states="cached", folder=tmp_path, guidance=4.0)
 
 
+def test_what_is_kept_survives_a_kill_and_shows_damage(shared_model, tmp_path, monkeypatch):
+    """Rows made by pieces: finished ones are read, a damaged one is made again; other inputs have their own place."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in order
+    made = []
+
+    def rows(part, until=None):
+        if part.start == until:
+            raise KeyboardInterrupt
+        made.append(part.start)
+        return {"x": torch.arange(part.start, part.stop).float(), "y": torch.ones(part.stop - part.start, 2)}
+
+    keep = lambda what, make: esd.kept(shared_model, tmp_path, what, 10, make)["x"].tolist()
+    with pytest.raises(KeyboardInterrupt):
+        keep(["a"], lambda part: rows(part, until=8))
+    assert keep(["a"], rows) == list(range(10)) and made == [0, 4, 8]
+    (first, *_) = sorted(tmp_path.rglob("*.safetensors"))
+    content = bytearray(first.read_bytes())
+    content[-3] ^= 1
+    first.write_bytes(content)
+    assert keep(["a"], rows) == list(range(10)) and made == [0, 4, 8, 0]
+    keep(["b"], rows)
+    assert made == [0, 4, 8, 0, 0, 4, 8]
+
+
 def test_cached_and_new_states_are_the_same(shared_model):
     fresh, kept = states(shared_model), states(shared_model, states="cached")
     prompt = torch.tensor([0, 1, 2, 1, 0, 2])

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erasekit.attacks.common import check, digest, frozen
@@ -174,9 +175,9 @@ class States:
     faithful: bool = False
     walker: nn.Module | None = None
     folder: Path | None = None
-    table: list[State] = field(
-        default_factory=list, init=False, repr=False
-    )  # per prompt and noise, nodes ascending
+    table: dict[str, Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )  # (prompts x noises, nodes ascending, ...)
 
     def __post_init__(self):
         one_text_encoder(self.model)
@@ -187,30 +188,24 @@ class States:
         if self.states != "cached":
             return
         ways = [(p, n) for p in range(len(self.prompts)) for n in range(self.noises)]
-        size = self.model.batch_size
 
-        @torch.no_grad()
-        def whole(first: int) -> list[State]:
-            part = ways[first : first + size]
-            steps = list(self._walk(*map(torch.tensor, zip(*part, strict=True))))
-            at = torch.tensor([step["timestep"] for step in reversed(steps)])
-            of = lambda name, i: torch.stack([step[name][i] for step in reversed(steps)]).cpu()
-            return [State(of("sample", i), at, of("text", i), of("uncond", i)) for i in range(len(part))]
+        def whole(part: slice) -> dict[str, Tensor]:
+            steps = list(self._walk(*map(torch.tensor, zip(*ways[part], strict=True))))[::-1]
+            found = {
+                name: torch.stack([step[name] for step in steps], 1) for name in ("sample", "text", "uncond")
+            }
+            at = torch.tensor([step["timestep"] for step in steps])
+            return found | {"timestep": at.expand(len(ways[part]), -1)}
 
-        model = self.model
-        what = [model.fingerprint(), runs.edits_in_force(model), dict(self.scheduler.config), model.dtype]
-        what += [model.device.type, self.prompts, self.seed, self.guidance, self.sampler, self.noises]
-        key = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
-        file = (self.folder or FOLDER) / "states" / f"{key}.safetensors"
-        if not file.exists():
-            with text_projected_once(self.model.unet):
-                made = [one for part in self.model._map(whole, range(0, len(ways), size)) for one in part]
-            stacked = {name: torch.stack([getattr(one, name) for one in made]) for name in STATE}
-            with replacing(file) as temporary:
-                save_file(stacked, temporary)
-            del made, stacked
-        kept = load_file(file)
-        self.table = [State(*(kept[name][i] for name in STATE)) for i in range(len(ways))]
+        what = [
+            dict(self.scheduler.config),
+            self.prompts,
+            self.seed,
+            self.guidance,
+            self.sampler,
+            self.noises,
+        ]
+        self.table = kept(self.model, (self.folder or FOLDER) / "states", what, len(ways), whole)
 
     def timesteps(self) -> Tensor:
         """Time step of each node, (sampler,)."""
@@ -233,11 +228,8 @@ class States:
     def _at(self, picks: Picks) -> State:
         device = self.model.device
         if self.states == "cached":
-            rows = [self.table[p * self.noises + n] for p, n in zip(picks.prompt, picks.noise, strict=True)]
-            of = lambda name: torch.stack(
-                [getattr(row, name)[node] for row, node in zip(rows, picks.node, strict=True)]
-            )
-            return State(*(of(name).to(device) for name in STATE))
+            rows = picks.prompt * self.noises + picks.noise
+            return State(*(self.table[name][rows, picks.node].to(device) for name in STATE))
         sample, t = self._drawn(picks)
         context = torch.cat([self.empty.expand(len(sample), -1, -1), self.text[picks.prompt.to(device)]])
         both = self.model.unet(
@@ -281,6 +273,51 @@ class States:
             size=(self.model.unet.config.sample_size,) * 2,
             skip=skip,
         )
+
+
+def kept(
+    model: DiffusionModel, place: Path, what: Sequence, count: int, make: Callable[[slice], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors of which make(slice) computes some rows, for all `count` rows, on the CPU.
+
+    They are made in pieces and written below `place`, in a folder named by the model and `what` they depend on: the
+    next call reads them, a kill costs one piece a thread, a damaged piece is made again.
+    """
+    what = [model.fingerprint(), runs.edits_in_force(model), model.dtype, model.device.type, *what]
+    folder = place / hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
+    size = model.batch_size
+
+    @torch.no_grad()
+    def piece(first: int) -> dict[str, Tensor]:
+        file = folder / f"{first:06}.safetensors"
+        if (found := _read(file)) is None:
+            made = make(slice(first, min(first + size, count)))
+            found = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
+            with replacing(file) as temporary:
+                save_file(found, temporary, {"digest": _digest(found)})
+        return found
+
+    with text_projected_once(model.unet):
+        parts = model._map(piece, range(0, count, size))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            found = {name: opened.get_tensor(name) for name in opened.keys()}
+            return found if opened.metadata()["digest"] == _digest(found) else None
+    except Exception:  # noqa: BLE001 - whatever is wrong with a cached file, it is made again
+        return None
 
 
 def one_text_encoder(model: DiffusionModel) -> None:

@@ -21,8 +21,6 @@ from their code [code], which has no licence; nothing of it was copied.
 """
 
 import csv
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,8 +28,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from erasekit import closed_form
@@ -46,12 +42,11 @@ from erasekit.concepts import (
     token_ids,
 )
 from erasekit.edits import Edit
-from erasekit.evaluate import runs
-from erasekit.layers import text_projected_once, unet_parameters
+from erasekit.layers import unet_parameters
 from erasekit.methods import esd, uce
 from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
-from erasekit.paths import DATA, replacing
+from erasekit.paths import DATA
 from erasekit.sampling import ddim, walk
 
 Token = Literal["sot", "key", "eot", "last", "all"]
@@ -292,24 +287,9 @@ def trajectories(
     """
     text, instead, empty = model.encode(list(malicious)), model.encode(list(safe)), model.encode("")[0]
     ways = [(p, n) for n in range(config.noises) for p in range(len(malicious))]
-    size = model.batch_size
-    what = [model.fingerprint(), runs.edits_in_force(model), dict(model.scheduler.config), model.dtype]
-    what += [
-        model.device.type,
-        list(malicious),
-        list(safe),
-        seed,
-        config.guidance,
-        config.sampler,
-        config.early,
-    ]
-    what += [config.noises, config.beta, config.faithful]
-    key = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
-    place = (folder or esd.FOLDER) / "trajectories" / key
 
-    @torch.no_grad()
-    def piece(first: int) -> dict[str, Tensor]:
-        part = ways[first : first + size]
+    def early(piece: slice) -> dict[str, Tensor]:
+        part = ways[piece]
         prompt = torch.tensor([p for p, _ in part])
         at = prompt.to(model.device)
         points: list[list[Tensor]] = []
@@ -328,38 +308,15 @@ def trajectories(
                 told, uncond = predict(x, text[at]), predict(x, empty.expand_as(text[at]))
             d, k = directions(told, predict(x, instead[at]), uncond, config.beta)
             points.append([x.half(), d.half(), k, torch.full((len(part),), t), prompt])
-        columns = (torch.stack(column, 1).flatten(0, 1) for column in zip(*points, strict=True))
-        return {name: value.cpu().contiguous() for name, value in zip(TRAJECTORY, columns, strict=True)}
+        return {
+            name: torch.stack(column, 1)
+            for name, column in zip(TRAJECTORY, zip(*points, strict=True), strict=True)
+        }
 
-    def kept(first: int) -> dict[str, Tensor]:
-        file = place / f"{first:06}.safetensors"
-        if (found := _read(file)) is None:
-            found = piece(first)
-            with replacing(file) as temporary:
-                save_file(found, temporary, {"digest": _digest(found)})
-        return found
-
-    with text_projected_once(model.unet):
-        parts = model._map(kept, range(0, len(ways), size))
-    return Trajectories(*(torch.cat([part[name] for part in parts]) for name in TRAJECTORY))
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in TRAJECTORY:
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _read(file: Path) -> dict[str, Tensor] | None:
-    if not file.exists():
-        return None
-    try:
-        with safe_open(file, "pt") as opened:
-            found = {name: opened.get_tensor(name) for name in TRAJECTORY}
-            return found if opened.metadata()["digest"] == _digest(found) else None
-    except Exception:  # noqa: BLE001 - whatever is wrong with a cached file, it is drawn again
-        return None
+    what = [dict(model.scheduler.config), list(malicious), list(safe), seed, config.guidance, config.sampler]
+    what += [config.early, config.noises, config.beta, config.faithful]
+    found = esd.kept(model, (folder or esd.FOLDER) / "trajectories", what, len(ways), early)
+    return Trajectories(*(found[name].flatten(0, 1) for name in TRAJECTORY))
 
 
 # Both
