@@ -19,7 +19,7 @@ from erasekit.attacks import emoji as stages
 from erasekit.attacks import fine_tuning
 from erasekit.emoji import data
 from erasekit.evaluate import ablation, runs, world
-from erasekit.models import DiffusionModel, copied
+from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, write_atomically
 from erasekit.training import constant, optimize
 
@@ -28,7 +28,7 @@ def variant(model: DiffusionModel, style: str, config: fine_tuning.Config) -> Di
     """The model with a UNet tuned on real pictures of one style, captioned "a NAME"."""
     names = [c.name for c in data.concepts()] * 4
     pictures = stages.real([(name, style) for name in names], torch.Generator().manual_seed(21))
-    tuned = DiffusionModel(copied(model.pipeline), model.preset)
+    tuned = model.copy()
     loss = fine_tuning.objective(model, tuned, pictures, [f"a {name}" for name in names], config)
     optimize(
         "variant", tuned.unet, loss, steps=config.updates, peak=config.alpha, schedule=constant, decay=0.0,

@@ -137,9 +137,11 @@ def _protocol(name: str, erased: Sequence[str], pictures: int = 100, adversarial
         return build(_found(adversarial) if adversarial else (), pictures)
     if adversarial:
         raise ValueError("adversarial prompts belong to the protocol weapons")
-    if name in ("objects", "styles-and-objects") and len(erased) != 1:
-        raise ValueError(f"the protocol {name} is about one erased concept: give --erased once")
-    about = erased[0] if name in ("objects", "styles-and-objects") else erased
+    about = erased
+    if name in ("objects", "styles-and-objects"):
+        if len(erased) != 1:
+            raise ValueError(f"the protocol {name} is about one erased concept: give --erased once")
+        (about,) = erased
     if name in ("objects", "characters"):
         return build(about, pictures)
     if pictures != 100:

@@ -266,7 +266,8 @@ class Edit:
         if self.kind != "text_encoder":
             raise ValueError(f"a {self.kind} edit does not change the text encoder: use merged")
         edited = self.merged(self._base(model))
-        edited.text_encoder.save_pretrained(folder, safe_serialization=True)
+        with models.no_progress_bars():
+            edited.text_encoder.save_pretrained(folder, safe_serialization=True)
         return Path(folder)
 
     def to_projections(self, path: str | Path, *, model: DiffusionModel | None = None) -> Path:

@@ -89,15 +89,18 @@ class DiffusionModel:
         many batches at once as there are threads): pictures are then equal bit by bit, whatever batch they are
         in, and sixteen take less time, not more. Large models would pay the full fourfold.
         """
-        small = self.unet.config.sample_size <= 16 and self.device.type == "cpu"
-        return FIXED_BATCH if small else None
+        return FIXED_BATCH if self._small and self.device.type == "cpu" else None
 
     @property
     def batch_size(self) -> int:
         """Latents computed at once where the caller does not say: `fixed_batch`, else 64 of a small model, whose time
         on an accelerator goes into starting its kernels, and 16 of a large one.
         """
-        return self.fixed_batch or (64 if self.unet.config.sample_size <= 16 else 16)
+        return self.fixed_batch or (64 if self._small else 16)
+
+    @property
+    def _small(self) -> bool:
+        return self.unet.config.sample_size <= 16
 
     @property
     def vocabulary(self) -> Mapping[str, tuple[Concept, ...]] | None:
@@ -304,7 +307,8 @@ class DiffusionModel:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read."""
-        self.pipeline.save_pretrained(folder, safe_serialization=True)
+        with no_progress_bars():
+            self.pipeline.save_pretrained(folder, safe_serialization=True)
         drop_origin(folder)
         (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
 

@@ -32,6 +32,8 @@ from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
 from erasekit.paths import write_atomically
 
+SWITCHES = ("closed_form", "lora", "neighbour", "beyond")  # RealEra's
+SWITCHED = [dict(zip(SWITCHES, on, strict=True)) for on in product((True, False), repeat=len(SWITCHES))]
 VARIANTS: dict[str, dict[str, dict]] = {
     "esd": {
         "ESD-x": {},
@@ -115,12 +117,9 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "realera": {
         "RealEra": {},
         **{
-            ", ".join(name for name, on in zip(names, switched, strict=True) if on) or "nothing beside": dict(
-                zip(names, switched, strict=True)
-            )
-            for names in [("closed_form", "lora", "neighbour", "beyond")]
-            for switched in product((True, False), repeat=4)
-            if any(switched[:2]) and not all(switched)
+            ", ".join(name for name, on in switched.items() if on): switched
+            for switched in SWITCHED
+            if (switched["closed_form"] or switched["lora"]) and not all(switched.values())
         },
         "toward_gaussian": {"mode": "toward_gaussian"},
         "shell": {"mode": "shell"},
@@ -138,7 +137,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "rank 4": {"rank": 4},
     },
 }
-IMPLICIT = ("implicit", "held_out")
 HEAD = ("method", "attempts", "protocol", "attack", "fingerprint")  # what rows of one file have in common
 DEFAULT = {method: METHODS[method].PRESETS["emoji"] for method in VARIANTS}
 
@@ -146,10 +144,9 @@ DEFAULT = {method: METHODS[method].PRESETS["emoji"] for method in VARIANTS}
 def protocol(concept: str, seeds: int = 10) -> Protocol:
     """Five times so many pictures of the concept, or more, of each kind, and one of every other concept."""
     grid = world.grid()
-    names = {c.name for c in data.concepts()}
     about = set(weapons().erased) if concept == "weapon" else {concept}
     style = concept in data.STYLES
-    if not style and not about <= names:
+    if not style and not about <= {c.name for c in data.concepts()}:
         raise ValueError(f"{concept!r} is no object or style of the emoji world, nor 'weapon'")
     mine = lambda p: bool(about & {p.concept, p.style})
     styles = [s for s in data.STYLES if s != concept]
@@ -159,7 +156,8 @@ def protocol(concept: str, seeds: int = 10) -> Protocol:
 
     tried = {"target": [p for p in grid if mine(p)][:: 10 if style else 1]}
     if concept == "weapon":
-        tried |= {name: [p for p in weapons(pictures=1).prompts if p.role == name] for name in IMPLICIT}
+        once = weapons(pictures=1).prompts
+        tried |= {name: [p for p in once if p.role == name] for name in ("implicit", "held_out")}
     elif not style:
         tried["synonyms"] = synonyms(concept)
     others = [
