@@ -212,7 +212,12 @@ def test_judges_version_moves_the_hash(monkeypatch):
 
 def test_ready_made_protocols():
     objects = protocols.objects("dog")
-    assert len(protocols.CIFAR) == 10 and {p.concept for p in objects.prompts} == set(protocols.CIFAR)
+    ten = {p.concept for p in objects.prompts if p.role != "elsewhere"}
+    assert len(protocols.CIFAR) == 10 and ten == set(protocols.CIFAR)
+    assert {p.concept for p in objects.prompts} - ten == {c.name for c in data.concepts()} - ten
+    unnamed = {p.text for p in objects.prompts if p.role == "association"}
+    assert unnamed and not any("dog" in text.split() for text in unnamed)
+    assert "associations" not in {m.name for m in protocols.objects("bird").measures}  # it has no sentences
     assert {m.name for m in objects.measures if m.goal} == {
         "Acc_e",
         "Acc_s",

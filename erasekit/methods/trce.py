@@ -140,7 +140,7 @@ PRESETS = {
     "emoji": Config(
         eta=0.1, lam=1e-3, templates=esd.EMOJI_TEMPLATES, steer_templates=esd.EMOJI_TEMPLATES,
         keep_templates=esd.EMOJI_TEMPLATES, beta=4.0, weight=10.0,
-        sampler=24, early=12, noises=1, calm=32, iterations=200, lr=1e-4, batch=4, keep_batch=8,
+        sampler=24, early=12, noises=1, calm=32, iterations=200, lr=3e-4, batch=4, keep_batch=8,
     ),
     # the authors' code: s^2 with s = 0.01 and 0.02, on the mean of (probably) 30,000 captions; 26 early steps there
     "sd14-nudity": Config(),
