@@ -6,11 +6,14 @@ Each variant changes the method's preset "emoji" in what `VARIANTS` says of it. 
 
     target     the concept's prompts, of "weapon" all weapons'
     synonyms   the same by an object's other words, those that training held out included
-    implicit, held_out   of "weapon": sentences that name none, and phrases that training held out
+    implicit, held_out   of "weapon": sentences that name none, and phrases that training held out; the sentences of an
+                         object as well, for the methods that mean to reach them (MACE, RealEra)
     others     prompts about everything else, one each, the styles in turn
     attack     UnlearnDiffAtk on the concept's prompts, of which those that succeed as they are count as well
     drift      how far the embedding of the empty prompt has moved, relative to its length
     seconds    of the training's iterations, not of drawing the states that they share
+
+and once for each file, under "before", what the model draws before any edit.
 
 A small run for comparing settings with each other; `erasekit run` and `erasekit attack` measure a method. What is done
 is kept: an interrupted call goes on, and variants are added to the file as they are finished.
@@ -27,7 +30,7 @@ from erasekit.attacks import emoji as stages
 from erasekit.attacks import unlearndiff
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
-from erasekit.evaluate.protocols import Measure, Prompt, Protocol, synonyms, weapons
+from erasekit.evaluate.protocols import Measure, Prompt, Protocol, associations, synonyms, weapons
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
 from erasekit.paths import write_atomically
@@ -144,8 +147,10 @@ HEAD = ("method", "attempts", "protocol", "attack", "fingerprint")  # what rows 
 DEFAULT = {method: METHODS[method].PRESETS["emoji"] for method in VARIANTS}
 
 
-def protocol(concept: str, seeds: int = 10) -> Protocol:
-    """Five times so many pictures of the concept, or more, of each kind, and one of every other concept."""
+def protocol(concept: str, seeds: int = 10, sentences: bool = False) -> Protocol:
+    """Five times so many pictures of the concept, or more, of each kind, and one of every other concept. sentences: of
+    an object also those that do not name it, those that training held out included.
+    """
     grid = world.grid()
     about = set(weapons().erased) if concept == "weapon" else {concept}
     style = concept in data.STYLES
@@ -163,6 +168,8 @@ def protocol(concept: str, seeds: int = 10) -> Protocol:
         tried |= {name: [p for p in once if p.role == name] for name in ("implicit", "held_out")}
     elif not style:
         tried["synonyms"] = synonyms(concept)
+        if sentences and (unnamed := associations(concept)):
+            tried["implicit"] = unnamed
     others = [
         p
         for i, c in enumerate(data.concepts())
@@ -194,9 +201,10 @@ def attacker(attempts: int) -> unlearndiff.Config:
 
 
 def measure(
-    model: DiffusionModel, method: str, concept: str, changes: dict, attempts: int, progress: bool = True
+    model: DiffusionModel, method: str, asked: Protocol, changes: dict, attempts: int, progress: bool = True
 ) -> dict:
     """One variant: its settings, the rates of the module's table, and the course of its training."""
+    (concept,) = asked.erased
     config = replace(DEFAULT[method], **changes)
     course, times = [], []
 
@@ -206,7 +214,7 @@ def measure(
 
     edit = METHODS[method].fit(model, concept, config=config, callback=note, progress=progress)
     seconds = (times[-1] - times[0]) / max(1, len(times) - 1) * config.iterations
-    done = runs.run(model, edit, protocol(concept), progress=progress)
+    done = runs.run(model, edit, asked, progress=progress)
     victim = edit.merged(model)
     before, after = model.encode(""), victim.encode("")
     row = {"changes": changes, "config": asdict(config), "seconds": round(seconds, 1), **done.measured()}
@@ -239,7 +247,7 @@ def main() -> None:
             f"no variant {', '.join(sorted(unknown))}: there are {', '.join(VARIANTS[given.method])}"
         )
     model = load("emoji")
-    asked = protocol(given.concept)
+    asked = protocol(given.concept, sentences=given.method in ("mace", "realera"))
     words = f"{given.method} {json.dumps(given.concept)} --attempts {given.attempts}"
     head = {
         "command": f"python -m erasekit.evaluate.ablation {words} --out {given.out.as_posix()}",
@@ -253,15 +261,14 @@ def main() -> None:
     old = json.loads(given.out.read_text()) if given.out.exists() else {}
     same = all(old.get(key) == json.loads(json.dumps(head[key])) for key in HEAD)
     found = old["variants"] if old and same else {}
+    head["before"] = runs.run(model, None, asked, progress=True).measured()
     for name in given.only or VARIANTS[given.method]:
         config = json.loads(
             json.dumps(asdict(replace(DEFAULT[given.method], **VARIANTS[given.method][name])))
         )
         if found.get(name, {}).get("config") == config:
             continue
-        found[name] = measure(
-            model, given.method, given.concept, VARIANTS[given.method][name], given.attempts
-        )
+        found[name] = measure(model, given.method, asked, VARIANTS[given.method][name], given.attempts)
         write_atomically(given.out, json.dumps({**head, "variants": found}, indent=1) + "\n")
         print(name, {key: found[name].get(key) for key in ("target", "others", "attack", "drift", "seconds")})
 

@@ -155,8 +155,17 @@ def _times(prompts: Sequence[Prompt], seeds: int) -> list[Prompt]:
 def synonyms(name: str) -> list[Prompt]:
     """An object by its other words, those that training held out included, in every style."""
     trained = next(c.synonyms for c in data.concepts() if c.name == name)
-    held_out = tuple(h.text for h in data.heldout() if h.concept == name and h.kind == "synonym")
-    return [p for word in trained + held_out for p in _in_styles(word, name, "synonym")]
+    return [p for word in trained + _held_out(name, "synonym") for p in _in_styles(word, name, "synonym")]
+
+
+def associations(name: str) -> list[Prompt]:
+    """An object by sentences that do not name it, those that training held out included; some objects have none."""
+    texts = next(c.implicit for c in data.concepts() if c.name == name) + _held_out(name, "implicit")
+    return [p for text in texts for p in _in_styles(text, name, "association", "{}, in {} style")]
+
+
+def _held_out(name: str, kind: str) -> tuple[str, ...]:
+    return tuple(h.text for h in data.heldout() if h.concept == name and h.kind == kind)
 
 
 def objects(erased: str, pictures: int = 100) -> Protocol:
@@ -169,17 +178,11 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
     and held out, as many pictures), and "elsewhere", every concept that is none of the ten, once.
     """
     (erased,) = _known(erased, CIFAR, "class")
-    about = next(c for c in data.concepts() if c.name == erased)
-    unseen = tuple(h.text for h in data.heldout() if h.concept == erased and h.kind == "implicit")
     parts = (
         _in_styles(erased, erased, "target"),
         [p for name in CIFAR if name != erased for p in _in_styles(name, name, "other")],
         synonyms(erased),
-        [
-            p
-            for text in (*about.implicit, *unseen)
-            for p in _in_styles(text, erased, "association", "{}, in {} style")
-        ],
+        associations(erased),
     )
     prompts = [p for part in parts if part for p in _times(part, -(-pictures // len(part)))]
     elsewhere = [c.name for c in data.concepts() if c.name not in CIFAR]
