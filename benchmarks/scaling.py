@@ -1,0 +1,97 @@
+"""Many objects erased at once: what is left of them, what of the rest, and at what price.
+
+    python benchmarks/scaling.py mace --out data/results/benchmark_scaling_mace.json
+
+The sets grow: the first 1, 5, 10, 25 and 50 of every other concept of the emoji world. What is kept is the same for
+all of them, the concepts that are in none, so that rows differ in the number of erased ones alone. Kept by a method
+are the captions of those. Acc_e and Acc_s are first choices of the judge among all concepts, H is the harmonic mean of
+1 - Acc_e and Acc_s; seconds are those of `fit`, from an empty cache. Rows are kept as they are finished.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from inspect import signature
+from pathlib import Path
+
+import erasekit as ek
+from erasekit.emoji import data
+from erasekit.evaluate import runs, world
+from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.methods import METHODS
+from erasekit.paths import write_atomically
+
+SIZES = (1, 5, 10, 25, 50)
+ERASED = [c.name for c in data.concepts()][::2][: SIZES[-1]]
+KEPT = [c.name for c in data.concepts() if c.name not in ERASED]
+
+
+def protocol(erased: list[str], pictures: int = 100) -> Protocol:
+    """About `pictures` of the erased concepts and two of every kept one, the styles in turn."""
+    repeats = -(-pictures // len(erased))
+
+    def asked(names: list[str], times: int, role: str) -> list[Prompt]:
+        found = []
+        for i, name in enumerate(names):
+            for k in range(times):
+                style = data.STYLES[(i + k) % len(data.STYLES)]
+                found.append(
+                    Prompt(f"a {name} in {style} style", name, style, role, seed=k // len(data.STYLES))
+                )
+        return found
+
+    measures = (
+        Measure("Acc_e", ("target",), "emoji-object", goal="low"),
+        Measure("Acc_s", ("other",), "emoji-object", goal="high"),
+    )
+    prompts = (*asked(erased, repeats, "target"), *asked(KEPT, 2, "other"))
+    return Protocol("emoji-many", prompts, measures, summary="H", erased=tuple(erased))
+
+
+def row(model: ek.DiffusionModel, method: str, count: int) -> dict:
+    """Erase the first `count` concepts and measure."""
+    module = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:  # what a method caches would make the next row cheaper
+        more = {"folder": Path(folder)} if "folder" in signature(module.fit).parameters else {}
+        start = time.perf_counter()
+        edit = module.fit(model, ERASED[:count], KEPT, **more)
+        seconds = time.perf_counter() - start
+    done = runs.run(model, edit, protocol(ERASED[:count]), progress=True)
+    about = {"concepts": count, "seconds": round(seconds, 2), "bytes": edit.nbytes, "kind": edit.kind}
+    return about | done.measured() | {"protocol": done.protocol.short, "machine": runs.machine()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=SIZES)
+    given = parser.parse_args()
+    model = ek.load("emoji")
+    config = json.loads(json.dumps(asdict(METHODS[given.method].PRESETS["emoji"])))
+    head = {
+        "command": f"python benchmarks/scaling.py {given.method} --out {given.out.as_posix()}",
+        "method": given.method,
+        "config": config,
+        "erased": ERASED,
+        "kept": KEPT,
+        **world.subject(model),
+    }
+    old = json.loads(given.out.read_text()) if given.out.exists() else {}
+    same = all(old.get(key) == head[key] for key in ("config", "erased", "fingerprint"))
+    rows = {one["concepts"]: one for one in old["rows"]} if same else {}
+    for count in given.sizes:
+        if count not in rows:
+            rows[count] = row(model, given.method, count)
+            write_atomically(
+                given.out, json.dumps({**head, "rows": [rows[k] for k in sorted(rows)]}, indent=1) + "\n"
+            )
+            print({key: rows[count][key] for key in ("concepts", "seconds", "bytes", "Acc_e", "Acc_s")})
+
+
+if __name__ == "__main__":
+    main()
