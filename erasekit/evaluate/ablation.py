@@ -37,6 +37,7 @@ from erasekit.paths import write_atomically
 
 SWITCHES = ("closed_form", "lora", "neighbour", "beyond")  # RealEra's
 SWITCHED = [dict(zip(SWITCHES, on, strict=True)) for on in product((True, False), repeat=len(SWITCHES))]
+NO_REFINEMENT = {"lambda_1": 1e6}  # so much weight on what is kept that MACE's first stage changes nothing
 VARIANTS: dict[str, dict[str, dict]] = {
     "esd": {
         "ESD-x": {},
@@ -105,20 +106,18 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "mace": {
         "MACE": {},
-        "closed form alone": {"lora": False},
-        "lr 3e-4": {"lr": 3e-4},
-        "lr 3e-3": {"lr": 3e-3},
-        "lr 1e-2": {"lr": 1e-2},
-        "iterations 300": {"iterations": 300},
-        "rank 4": {"rank": 4},
-        "all pixels": {"mask": 0.0},
-        "norm of the code": {"squared": False},
-        "concept's tokens alone": {"ends": False},
-        "all time steps alike": {"focal": False},
-        "lambda_1 0.1": {"lambda_1": 0.1},
-        "lambda_1 1e-5": {"lambda_1": 1e-5},
-        "lambda_2 0.1": {"lambda_2": 0.1},
-        "lam 0.1": {"lam": 0.1},
+        "refinement alone": {"lora": False},
+        "refinement alone, lambda_1 0.1": {"lora": False, "lambda_1": 0.1},
+        "refinement alone, lambda_1 10": {"lora": False, "lambda_1": 10.0},
+        "LoRA alone": NO_REFINEMENT,
+        "LoRA alone, lr 3e-3": NO_REFINEMENT | {"lr": 3e-3},
+        "LoRA alone, iterations 300": NO_REFINEMENT | {"iterations": 300},
+        "LoRA alone, rank 4": NO_REFINEMENT | {"rank": 4},
+        "LoRA alone, all pixels": NO_REFINEMENT | {"mask": 0.0},
+        "LoRA alone, norm of the code": NO_REFINEMENT | {"squared": False},
+        "LoRA alone, without end tokens": NO_REFINEMENT | {"ends": False},
+        "LoRA alone, all time steps": NO_REFINEMENT | {"focal": False},
+        "LoRA alone, lambda_2 0.1": NO_REFINEMENT | {"lambda_2": 0.1},
     },
     "realera": {
         "RealEra": {},
