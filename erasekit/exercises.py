@@ -162,3 +162,64 @@ def check_linear_hinge(theirs: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     at_safe = theirs(safe, safe, unsafe, 0.1)
     assert not at_safe.any(), "at the safe prediction, far from the unsafe one, there is nothing left to do"
     print("linear_hinge: all tests passed")
+
+
+def fused_change(changes: Sequence[Tensor], keys: Sequence[Tensor], lam: float) -> Tensor:
+    """sum_i dW_i C_i (sum_i C_i + lam I)^-1, C_i the mean of e e^T over the keys (n_i, d) of concept i."""
+    grams = [rows.T @ rows / len(rows) for rows in keys]
+    whole = sum(grams) + lam * torch.eye(len(grams[0])).to(grams[0])
+    return sum(change @ gram for change, gram in zip(changes, grams, strict=True)) @ torch.linalg.inv(whole)
+
+
+def check_fused_change(theirs: Callable[[Sequence[Tensor], Sequence[Tensor], float], Tensor]) -> None:
+    """Notebook 12, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    changes, keys = [draw(5, 6), draw(5, 6)], [draw(20, 6), draw(30, 6)]
+    found = theirs(changes, keys, 0.1)
+    assert found.shape == (5, 6), f"a change of the weight, (5, 6); yours is {tuple(found.shape)}"
+    assert torch.allclose(found, fused_change(changes, keys, 0.1)), (
+        "it is not the minimum: look at the normal equations"
+    )
+    assert torch.allclose(theirs(changes[:1], keys[:1], 0.0), changes[0]), (
+        "one concept and no ridge give its change"
+    )
+    basis = torch.linalg.qr(draw(6, 6))[0]
+    apart = [draw(20, 3) @ basis[:3], draw(20, 3) @ basis[3:]]
+    both = theirs(changes, apart, 1e-12)
+    for change, rows in zip(changes, apart, strict=True):
+        assert torch.allclose(rows @ both.T, rows @ change.T, atol=1e-6), (
+            "keys that lie apart do not disturb each other"
+        )
+    print("fused_change: all tests passed")
+
+
+def check_attenuation(theirs: Callable[..., float]) -> None:
+    """Notebook 21, exercise 1."""
+    assert abs(theirs(5, 1.0, 0, 1.0, 1.0, 0.0)) < 1e-12, (
+        "neighbours and nothing to hold: everything across fades to 0"
+    )
+    assert abs(theirs(0, 1.0, 3, 1.0, 1.0, 0.1) - 1) < 1e-12, "no neighbours: nothing fades"
+    generator, d, n, m, sigma, tau, weight, lam = (
+        torch.Generator().manual_seed(0),
+        16,
+        4000,
+        4000,
+        0.5,
+        1.0,
+        0.7,
+        3.0,
+    )
+    e = torch.zeros(d, dtype=torch.float64)
+    e[0] = 4.0
+    draw = lambda count, spread: spread * torch.randn(count, d, generator=generator, dtype=torch.float64)
+    solved = closed_form.solve(
+        e + draw(n, sigma),
+        torch.zeros(n, d, dtype=torch.float64),
+        draw(m, tau),
+        preserve_scale=weight,
+        lam=lam,
+    ).matrix()
+    measured, predicted = float(solved[1:, 1:].diagonal().mean()), theirs(n, sigma, m, tau, weight, lam)
+    assert abs(measured - predicted) < 0.02, f"measured {measured:.3f}, your formula says {predicted:.3f}"
+    print("attenuation: all tests passed")
