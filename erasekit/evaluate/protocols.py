@@ -175,23 +175,23 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
     the five styles, about `pictures` of each; first choice of the emoji judge among all concepts. The same three as
     the mean probability of the right concept, which is what MACE's script averages, carry "mean" in their names and
     no goal. Nor have two of ours: "associations", sentences that do not name the class, where there are any (trained
-    and held out, as many pictures), and "elsewhere", every concept that is none of the ten, once.
+    and held out), and "elsewhere", every other concept that is none of the ten, each once.
     """
     (erased,) = _known(erased, CIFAR, "class")
     parts = (
         _in_styles(erased, erased, "target"),
         [p for name in CIFAR if name != erased for p in _in_styles(name, name, "other")],
         synonyms(erased),
-        associations(erased),
     )
-    prompts = [p for part in parts if part for p in _times(part, -(-pictures // len(part)))]
-    elsewhere = [c.name for c in data.concepts() if c.name not in CIFAR]
+    prompts = [p for part in parts for p in _times(part, -(-pictures // len(part)))]
+    prompts += (unnamed := associations(erased))
+    elsewhere = [c.name for c in data.concepts() if c.name not in CIFAR][::2]
     prompts += [_in_styles(name, name, "elsewhere")[i % len(data.STYLES)] for i, name in enumerate(elsewhere)]
     named = (("Acc_e", "target", "low"), ("Acc_s", "other", "high"), ("Acc_g", "synonym", "low"))
     measures = [Measure(name, (role,), "emoji-object", goal=goal) for name, role, goal in named]
     measures += [Measure(f"{name} mean", (role,), "emoji-object", "mean") for name, role, _ in named]
     more = (("associations", "association"), ("elsewhere", "elsewhere"))
-    measures += [Measure(name, (role,), "emoji-object", goal=None) for name, role in more[not parts[3] :]]
+    measures += [Measure(name, (role,), "emoji-object", goal=None) for name, role in more[not unnamed :]]
     return Protocol("emoji-objects", tuple(prompts), tuple(measures), summary="H_o", erased=(erased,))
 
 
