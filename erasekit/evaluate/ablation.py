@@ -113,7 +113,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "LoRA alone, lr 3e-3": NO_REFINEMENT | {"lr": 3e-3},
         "LoRA alone, iterations 300": NO_REFINEMENT | {"iterations": 300},
         "LoRA alone, rank 4": NO_REFINEMENT | {"rank": 4},
-        "LoRA alone, all pixels": NO_REFINEMENT | {"mask": 0.0},
+        "LoRA alone, smaller masks": NO_REFINEMENT | {"mask": 0.8},
         "LoRA alone, norm of the code": NO_REFINEMENT | {"squared": False},
         "LoRA alone, without end tokens": NO_REFINEMENT | {"ends": False},
         "LoRA alone, all time steps": NO_REFINEMENT | {"focal": False},

@@ -16,18 +16,19 @@ one weight, again in closed form:
 
 Notation (code -> paper): residue -> pairs (e^f, e^g); lambda_1, lambda_2 -> lambda_1, lambda_2; lam -> lamb, a ridge to
 the weights before, of the code. Read from the authors' code at 057e7a6 (non-commercial licence; nothing was copied).
-Differences: masks come from the model's own cross-attention instead of a segmentation model, or from the caller, and
+Differences: masks come from the model's own cross-attention, or from a segmentation model that the caller brings, and
 are made smaller by area; a picture is trained with the prompt that drew it; the refinement counts erased rows by their
 mean over all concepts, the fusion the sum of each concept's mean.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from erasekit import closed_form
@@ -50,10 +51,9 @@ class Config:
     rows count by their mean. keep_templates: captions of what is preserved, taken in turn. rank, lr, iterations, batch:
     of each concept's LoRA (AdamW). pictures: the model's own, of each concept. mask: share of the highest attention
     from which a pixel belongs to the concept; 0 takes all pixels, as the authors do for styles and as is done for a
-    concept with templates of its own. ends: the end tokens
-    count as the concept's too [code]. squared: the paper's squared norm, a mean; False is the code's plain norm, a sum.
-    focal: draw time steps by `focal`, else uniformly. sampler, guidance: how the pictures are drawn, guidance above 1.
-    lora: leave out stages two and three if False.
+    concept with templates of its own. ends: the end tokens count as the concept's too [code]. squared: the paper's
+    squared norm, a mean; False is the code's plain norm, a sum. focal: draw time steps by `focal`, else uniformly.
+    sampler, guidance: how the pictures are drawn, guidance above 1. lora: leave out stages two and three if False.
     """
 
     anchor: str = " "
@@ -182,12 +182,17 @@ def columns(tokenizer, template: str, phrase: str, ends: bool) -> Tensor:
     return chosen
 
 
+Segment = Callable[
+    [list[Image], str], Tensor
+]  # pictures and the concept's name -> masks (n, height, width) in [0, 1]
+
+
 @torch.no_grad()
 def shown(
-    model: DiffusionModel, concept: Concept, config: Config, seed: int, masks: Tensor | None = None
+    model: DiffusionModel, concept: Concept, config: Config, seed: int, segment: Segment | None = None
 ) -> Shown:
-    """Pictures of a concept by the model as it is, masked by its own attention to the phrase, or by `masks`
-    (n, height, width) in [0, 1], resized to the latents; an empty one counts as all pixels.
+    """Pictures of a concept by the model as it is, masked by its own attention to the phrase, or by `segment`, whose
+    masks are resized to the latents; an empty one counts as all pixels.
     """
     given = concept.templates or config.templates
     templates = [given[i % len(given)] for i in range(config.pictures)]
@@ -204,7 +209,7 @@ def shown(
         torch.stack([columns(model.tokenizer, template, concept.name, ends) for template in templates])
         for ends in (False, config.ends)
     )
-    if masks is None:
+    if segment is None:
         heat = torch.stack(
             [
                 sum(
@@ -216,8 +221,11 @@ def shown(
         high = heat.flatten(1).amax(1)[:, None, None]
         masks = (heat >= config.mask * high).float() if config.mask else torch.ones_like(heat)
     else:
+        masks = segment(model.decode(latents), concept.name)
         if masks.ndim != 3 or len(masks) != len(prompts):
-            raise ValueError(f"expected {len(prompts)} masks (n, height, width), got {tuple(masks.shape)}")
+            raise ValueError(
+                f"segment should give {len(prompts)} masks (n, height, width), got {tuple(masks.shape)}"
+            )
         masks = (F.interpolate(masks[:, None].float(), (side, side))[:, 0] >= 0.5).float()
         masks[masks.flatten(1).amax(1) == 0] = 1  # where nothing was found, as in the code
     return Shown(latents, masks.to(model.device), prompts, marked.to(model.device))
@@ -347,21 +355,19 @@ def fit(
     callback: Callable[[dict], None] | None = None,
     folder: Path | None = None,
     progress: bool = False,
-    masks: Mapping[str, Tensor] | None = None,
+    segment: Segment | None = None,
 ) -> Edit:
     """Erase concepts; returns a weight_delta of the keys and values, or a context_map when config.lora is False.
 
     anchor: the mapping concept, else the concept's own, else the config's. preserve: what captions are kept; when
-    empty, all other concepts of the emoji world, or COCO's categories. masks: {concept: (pictures, height, width)} from
-    outside. callback: after stage 1 (step -1) rank, erase_residual and preserve_drift; in stage 2 step, loss and
-    concept. generator, folder and errors as in `esd.fit`.
+    empty, all other concepts of the emoji world, or COCO's categories. segment: a segmentation model, given the
+    pictures of a concept and its name, for masks instead of the attention's. callback: after stage 1 (step -1) rank,
+    erase_residual and preserve_drift; in stage 2 step, loss and concept. generator, folder and errors as in `esd.fit`.
     """
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = esd.named(model, erase, preserve, anchor)
     if config.lora:
         esd.one_text_encoder(model)
-    if unknown := set(masks or {}) - {one.name for one in erased}:
-        raise ValueError(f"masks are given for {', '.join(sorted(unknown))}, which is not erased")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     anchors = [uce.anchored(model, concept, anchor, config.anchor) for concept in erased]
     pairs = [
@@ -384,11 +390,11 @@ def fit(
     refined = Edit.from_context_map(first, model).merged(model)
     changes, keys, places = [], [], []
     for concept in erased:
-        given = (masks or {}).get(concept.name)
-        if given is None and concept.templates:  # styles have templates of their own, and are everywhere
-            given = torch.ones(config.pictures, 1, 1)
         seed = int(torch.randint(2**31, (), generator=generator))
-        pictures = shown(model, concept, config, seed, given)
+        # styles have templates of their own, and are everywhere
+        pictures = shown(
+            model, concept, replace(config, mask=0.0) if concept.templates else config, seed, segment
+        )
         tell = (
             None
             if callback is None
