@@ -4,7 +4,7 @@ JOBS ?= 2
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test notebooks refresh lab clean
+.PHONY: help figures test notebooks refresh lab docs links clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -27,8 +27,15 @@ refresh: .venv/.ready  ## re-execute the notebooks in place, ready to commit
 lab: .venv/.ready  ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab notebooks
 
-clean:  ## remove executed copies and caches (trained checkpoints in build/ and .venv stay)
-	rm -rf build/notebooks .pytest_cache .ruff_cache *.egg-info
+docs: .venv/.docs  ## build the site from README, notebooks and docstrings in build/docs
+	TRANSFORMERS_VERBOSITY=error $(RUN) -m sphinx -E -W --keep-going -q -c docs -d build/doctrees . build/docs
+	@echo "open build/docs/index.html"
+
+links: .venv/.docs  ## check the external links of the site (needs a network)
+	TRANSFORMERS_VERBOSITY=error $(RUN) -m sphinx -E -q -b linkcheck -c docs -d build/doctrees . build/links
+
+clean:  ## remove executed copies, the site and caches (trained checkpoints in build/ and .venv stay)
+	rm -rf build/notebooks build/docs build/doctrees build/links .pytest_cache .ruff_cache *.egg-info
 	find erasekit tests notebooks -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
 .venv/.ready: pyproject.toml requirements.lock
@@ -37,4 +44,8 @@ clean:  ## remove executed copies and caches (trained checkpoints in build/ and 
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.lock
 	$(RUN) -m pip install --disable-pip-version-check -q --no-deps -e .
+	touch $@
+
+.venv/.docs: .venv/.ready requirements-docs.lock
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-docs.lock -c requirements.lock
 	touch $@

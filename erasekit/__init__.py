@@ -1,11 +1,11 @@
 """erasekit: a laboratory for concept erasure in text-to-image diffusion models.
 
-import erasekit as ek
+    import erasekit as ek
 
-model = ek.load("emoji")
-edit = ek.uce.fit(model, erase="church", preserve=["castle", "house"])
-with edit.applied(model):
-    after = model.generate(["a church in flat style"], seeds=[0])
+    model = ek.load("emoji")
+    edit = ek.uce.fit(model, erase="church", preserve=["castle", "house"])
+    with edit.applied(model):
+        after = model.generate(["a church in flat style"], seeds=[0])
 """
 
 from importlib import import_module

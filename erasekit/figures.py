@@ -83,12 +83,10 @@ def save_figure(
     The same figure and data give the same bytes in every process (with the same matplotlib), so a changed
     file means a changed figure.
 
-    Args:
-        name: lower-case letters, digits and underscores; the files are figures/NAME.{svg,png,csv,json}.
-        data: what is plotted, one row per mark; written with six significant digits.
-        notebook: the notebook that draws it, for example "10_uce".
-        parameters: the notebook's parameters, where they matter to the figure.
-        sources: result files it was drawn from, relative to the repository.
+    name: lower-case letters, digits and underscores; the files are figures/NAME.{svg,png,csv,json}. data: what is
+    plotted, one row per mark; written with six significant digits. notebook: the notebook that draws it, for example
+    "10_uce". parameters: the notebook's parameters, where they matter to the figure. sources: result files it was
+    drawn from, relative to the repository.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", name):
         raise ValueError(f"a figure name is lower-case letters, digits and underscores, got {name!r}")
@@ -137,10 +135,8 @@ def image_grid(
 
     In a notebook assign the result (`fig = image_grid(...)`): as the last value of a cell it shows twice.
 
-    Args:
-        images: rows of PIL images or uint8 arrays (h, w, 3); a flat sequence is one row; None leaves a gap.
-        ax: draw here instead of in a new figure.
-        upscale: screen pixels per picture pixel in a new figure at 80 dpi.
+    images: rows of PIL images or uint8 arrays (h, w, 3); a flat sequence is one row; None leaves a gap. ax: draw here
+    instead of in a new figure. upscale: screen pixels per picture pixel in a new figure at 80 dpi.
     """
     rows = images if len(images) and isinstance(images[0], (list, tuple)) else [images]
     shown = [_pixels(image) for row in rows for image in row if image is not None]

@@ -1,8 +1,8 @@
 """One attack, one file: what an erased model still gives away. `attacks.common` says what they share.
 
-victim = edit.merged(model)
-result = ek.attacks.unlearndiff.run(victim, ["a dog in flat style"], goal=ek.attacks.sees("dog"), targets=pictures)
-result.table()                                    # k/n, intervals, cost, protocol hash
+    victim = edit.merged(model)
+    result = ek.attacks.unlearndiff.run(victim, ["a dog in flat style"], goal=ek.attacks.sees("dog"), targets=pictures)
+    result.table()                                    # k/n, intervals, cost, protocol hash
 """
 
 from erasekit.attacks import (

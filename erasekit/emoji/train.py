@@ -1,11 +1,11 @@
 """Train the parts of the emoji world, in this order (each resumes where it stopped; see training.py):
 
-python -m erasekit.emoji.train vae      # pictures <-> 8 x 8 x 16 latents
-python -m erasekit.emoji.train decoder  # its decoder again, sharper, for the same latents
-python -m erasekit.emoji.train clip     # text and vision towers (needs the `train` extra)
-python -m erasekit.emoji.train vision   # its vision tower again, for the same text tower
-python -m erasekit.emoji.train unet     # the diffusion model
-python -m erasekit.emoji.train judge    # the referee, from real pictures alone
+    python -m erasekit.emoji.train vae      # pictures <-> 8 x 8 x 16 latents
+    python -m erasekit.emoji.train decoder  # its decoder again, sharper, for the same latents
+    python -m erasekit.emoji.train clip     # text and vision towers (needs the `train` extra)
+    python -m erasekit.emoji.train vision   # its vision tower again, for the same text tower
+    python -m erasekit.emoji.train unet     # the diffusion model
+    python -m erasekit.emoji.train judge    # the referee, from real pictures alone
 """
 
 import argparse

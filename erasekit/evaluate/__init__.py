@@ -1,11 +1,11 @@
 """How well erasure worked: protocols, judges, runs that resume, and the metrics that read them.
 
-from erasekit import evaluate
-from erasekit.evaluate import protocols
+    from erasekit import evaluate
+    from erasekit.evaluate import protocols
 
-before = evaluate.run(model, None, protocols.objects("dog"))
-after = evaluate.run(model, edit, protocols.objects("dog"))
-evaluate.compare({"before": before, "UCE": after})
+    before = evaluate.run(model, None, protocols.objects("dog"))
+    after = evaluate.run(model, edit, protocols.objects("dog"))
+    evaluate.compare({"before": before, "UCE": after})
 """
 
 from importlib import import_module
