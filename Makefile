@@ -28,6 +28,7 @@ lab: .venv/.ready  ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab notebooks
 
 docs: .venv/.docs  ## build the site from README, notebooks and docstrings in build/docs
+	rm -rf build/docs
 	TRANSFORMERS_VERBOSITY=error $(RUN) -m sphinx -E -W --keep-going -q -c docs -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
 

@@ -1,5 +1,7 @@
 """erasekit: a laboratory for concept erasure in text-to-image diffusion models.
 
+A model, an edit of it, and the model with the edit:
+
     import erasekit as ek
 
     model = ek.load("emoji")

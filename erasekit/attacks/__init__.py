@@ -1,4 +1,6 @@
-"""One attack, one file: what an erased model still gives away. `attacks.common` says what they share.
+"""One attack, one file: what an erased model still gives away.
+
+All are used alike; `attacks.common` says what they share:
 
     victim = edit.merged(model)
     result = ek.attacks.unlearndiff.run(victim, ["a dog in flat style"], goal=ek.attacks.sees("dog"), targets=pictures)

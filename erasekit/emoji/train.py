@@ -1,4 +1,6 @@
-"""Train the parts of the emoji world, in this order (each resumes where it stopped; see training.py):
+"""Train the parts of the emoji world.
+
+In this order; each resumes where it stopped (see training.py):
 
     python -m erasekit.emoji.train vae      # pictures <-> 8 x 8 x 16 latents
     python -m erasekit.emoji.train decoder  # its decoder again, sharper, for the same latents

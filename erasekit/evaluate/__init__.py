@@ -1,5 +1,7 @@
 """How well erasure worked: protocols, judges, runs that resume, and the metrics that read them.
 
+A comparison on the same prompts and seeds:
+
     from erasekit import evaluate
     from erasekit.evaluate import protocols
 
