@@ -33,7 +33,9 @@ def assert_locked(line, file):
 
 
 @pytest.mark.parametrize(
-    "line", PROJECT["dependencies"] + EXTRAS["notebooks"] + EXTRAS["nudity"] + EXTRAS["test"]
+    "line",
+    PROJECT["dependencies"]
+    + [line for name in ("notebooks", "nudity", "test", "browser") for line in EXTRAS[name]],
 )
 def test_lock_satisfies_pyproject(line):
     assert_locked(line, "requirements.lock")

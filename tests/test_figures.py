@@ -1,4 +1,4 @@
-"""Exports with identical bytes, the data beside each figure, and the two presentations of `explore`."""
+"""Exports with identical bytes, the data beside each figure, and the two presentations of `vary`."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 
 from erasekit import figures  # noqa: E402
 from erasekit.paths import ROOT  # noqa: E402
-from erasekit.widgets import explore  # noqa: E402
+from erasekit.widgets import vary  # noqa: E402
 
 KINDS = ("csv", "json", "png", "svg")
 DRAW = """
@@ -131,18 +131,18 @@ def test_image_grid_refuses_what_is_not_a_grid(arguments):
         figures.image_grid(**arguments)
 
 
-def test_explore_draws_every_value_without_widgets(monkeypatch):
+def test_vary_draws_every_value_without_widgets(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)  # importing it would now fail
     seen = []
-    fig = explore(lambda lam, ax: seen.append((lam, ax)), interactive=False, lam=[0.1, 1.0, 10.0])
+    fig = vary(lambda lam, ax: seen.append((lam, ax)), interactive=False, lam=[0.1, 1.0, 10.0])
     assert [lam for lam, _ in seen] == [0.1, 1.0, 10.0]
     assert [ax.get_title() for ax in fig.axes] == ["lam = 0.1", "lam = 1.0", "lam = 10.0"]
     assert [ax for _, ax in seen] == fig.axes
 
 
-def test_explore_crosses_two_choices_as_rows_and_columns():
+def test_vary_crosses_two_choices_as_rows_and_columns():
     seen = []
-    fig = explore(
+    fig = vary(
         lambda concept, lam, ax: seen.append((concept, lam)),
         interactive=False,
         concept=["church", "dog"],
@@ -152,15 +152,13 @@ def test_explore_crosses_two_choices_as_rows_and_columns():
     assert fig.axes[0].get_gridspec().get_geometry() == (2, 3)
 
 
-def test_explore_live_uses_the_same_function():
+def test_vary_live_uses_the_same_function():
     seen = []
-    assert (
-        explore(lambda lam, ax: seen.append((lam, ax is not None)), interactive=True, lam=[0.1, 1.0]) is None
-    )
+    assert vary(lambda lam, ax: seen.append((lam, ax is not None)), interactive=True, lam=[0.1, 1.0]) is None
     assert seen[:1] == [(0.1, True)]
 
 
 @pytest.mark.parametrize("choices", [{}, {"lam": []}, {"a": [1], "b": [1], "c": [1]}])
-def test_explore_refuses_what_it_cannot_show(choices):
+def test_vary_refuses_what_it_cannot_show(choices):
     with pytest.raises(ValueError):
-        explore(print, interactive=False, **choices)
+        vary(print, interactive=False, **choices)
