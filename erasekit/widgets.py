@@ -212,7 +212,7 @@ def _panel(
     )
     sides = ui.HBox([left, swap, right], layout=ui.Layout(align_items="center"))
 
-    loop, pending, shown = _running_loop(), False, []
+    loop, shown = _running_loop(), []
 
     def say(text: str, *, stale: bool = False, color: str = "inherit") -> None:
         status.value = f'{STALE}<b style="color: {color}">{html.escape(text)}</b>'
@@ -227,38 +227,36 @@ def _panel(
         return edit.value, strength.value, prompt.value, seed.value
 
     def draw_now() -> None:
-        nonlocal pending, shown
-        pending = False
+        nonlocal shown
         label, scale, text, number = wanted = settings()
         what = "no edit" if label is None else f"{label}, strength {scale:.2f}"
+        color = "inherit"
         try:
             before = png(None, 1.0, text, number)
             after = before if label is None else png(label, scale, text, number)
-            shown = [
+            drawn = [
                 (_caption("Before", "the model as it is", METHOD_COLORS["original"]), before),
                 (_caption("After", what, METHOD_COLORS["rece"]), after),
             ]
-            said = f'"{text}" from the same noise, seed {number} ({how})', "inherit"
+            said = f'"{text}" from the same noise, seed {number} ({how})'
         except Exception as error:  # bad input, or memory that ran out: said in the panel, where it is seen
-            shown, said = [], (str(error) or type(error).__name__, "#b00020")
+            drawn, said, color = [], str(error) or type(error).__name__, "#b00020"
+        if settings() != wanted:  # changed meanwhile, by a front end that does not wait
+            return changed()
+        shown = drawn
         place()
-        if settings() == wanted:
-            say(said[0], color=said[1])
-        else:  # changed meanwhile, by a front end that does not wait
-            changed()
+        say(said, color=color)
 
     def request(_=None) -> None:
         """Draw between two cells, never beside one.
 
-        Some front ends handle widgets in a thread of their own; drawing there would put the edit into the model
-        while a cell uses it.
+        Some front ends set widgets in a thread of their own; drawing there would put the edit into the model while a
+        cell uses it. The first drawing of a burst of changes takes the last settings, the others find it in the cache.
         """
-        nonlocal pending
         say("Drawing …", stale=True)
         if loop is None:
             draw_now()
-        elif not pending:
-            pending = True
+        else:
             loop.call_soon_threadsafe(draw_now)
 
     def changed(_=None) -> None:
