@@ -37,6 +37,7 @@ from erasekit.paths import write_atomically
 
 SWITCHES = ("closed_form", "lora", "neighbour", "beyond")  # RealEra's
 SWITCHED = [dict(zip(SWITCHES, on, strict=True)) for on in product((True, False), repeat=len(SWITCHES))]
+EQUAL = {"lambda_b": 1.0, "lambda_far": 1.0}  # RealEra's beyond concepts weigh as much as neighbours
 NO_REFINEMENT = {"lambda_1": 1e6}  # so much weight on what is kept that MACE's first stage changes nothing
 VARIANTS: dict[str, dict[str, dict]] = {
     "esd": {
@@ -122,24 +123,22 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "realera": {
         "RealEra": {},
         **{
-            ", ".join(name for name, on in switched.items() if on): switched
+            ", ".join(name for name, on in switched.items() if on): EQUAL | switched
             for switched in SWITCHED
-            if (switched["closed_form"] or switched["lora"]) and not all(switched.values())
+            if switched["closed_form"] or switched["lora"]
         },
-        "toward_gaussian": {"mode": "toward_gaussian"},
-        "shell": {"mode": "shell"},
-        "whole prompt": {"scope": "sequence"},
-        "cosine 0.3 to 0.7": {"s_low": 0.3, "s_high": 0.7},
-        "cosine 0.7 to 0.95": {"s_low": 0.7, "s_high": 0.95},
-        "20 neighbours": {"n": 20, "m": 12},
-        "beyond 0.1": {"lambda_b": 0.1, "lambda_far": 0.1},
+        "toward_gaussian": EQUAL | {"mode": "toward_gaussian"},
+        "shell": EQUAL | {"mode": "shell"},
+        "whole prompt": EQUAL | {"scope": "sequence"},
+        "cosine 0.3 to 0.7": EQUAL | {"s_low": 0.3, "s_high": 0.7},
+        "cosine 0.7 to 0.95": EQUAL | {"s_low": 0.7, "s_high": 0.95},
+        "20 neighbours": EQUAL | {"n": 20, "m": 12},
         "beyond 0.01": {"lambda_b": 0.01, "lambda_far": 0.01},
-        "lambda_p 0.1": {"lambda_p": 0.1},
-        "to ESD's target": {"target": "esd"},
-        "to the unconditional": {"target": "unconditional"},
-        "lr 3e-4": {"lr": 3e-4},
-        "lr 3e-3": {"lr": 3e-3},
-        "rank 4": {"rank": 4},
+        "to ESD's target": EQUAL | {"target": "esd"},
+        "to the unconditional": EQUAL | {"target": "unconditional"},
+        "lr 3e-4": EQUAL | {"lr": 3e-4},
+        "lr 3e-3": EQUAL | {"lr": 3e-3},
+        "rank 4": EQUAL | {"rank": 4},
     },
 }
 HEAD = ("method", "attempts", "protocol", "attack", "fingerprint")  # what rows of one file have in common

@@ -119,8 +119,8 @@ class Config:
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
-        templates=esd.EMOJI_TEMPLATES, keep_templates=esd.EMOJI_TEMPLATES, mode="subspace", lambda_p=1e-3, lr=1e-3,
-        iterations=150, batch=2, sampler=25, noises=2,
+        templates=esd.EMOJI_TEMPLATES, keep_templates=esd.EMOJI_TEMPLATES, mode="subspace", lambda_b=0.1, lambda_p=1e-3,
+        lambda_far=0.1, lr=1e-3, iterations=150, batch=2, sampler=25, noises=2,
     ),
     # ours: no setting of the authors is known; window, radius and counts of the re-implementation
     "sd14-object": Config(lr=1e-5),
