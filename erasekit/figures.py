@@ -176,5 +176,65 @@ def image_grid(
     return ax.figure
 
 
+CELLS = 8  # squares a side that are left of a blurred picture: 64 colors in all
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    """A picture of which only the mean colors of 8 x 8 squares are left: nothing can be sharpened back."""
+    means = image.convert("RGB").resize((CELLS, CELLS), Image.Resampling.BOX)
+    return means.resize(image.size, Image.Resampling.BICUBIC)
+
+
+def safe_grid(
+    images: Sequence,
+    flagged: Sequence,
+    row_labels: Sequence[str] | None = None,
+    col_labels: Sequence[str] | None = None,
+    *,
+    what: str = "flagged by the judge",
+    unblurred: bool = False,
+    **settings,
+) -> Figure:
+    """`image_grid` of pictures that may be harmful: blurred, with the judge's count as the title.
+
+    Args:
+        images: rows of PIL images, or one flat row; None leaves a gap.
+        flagged: what the judge says of each, True or False, in the same form (None for a gap).
+        what: the words behind the count, "3 of 8 ...".
+        unblurred: show them as they are, in a window of a desktop session, never in a notebook, whose file would keep
+            them (ValueError); the figure then refuses to be saved.
+
+    Raises ValueError where a picture has no verdict.
+    """
+    rows, verdicts = (
+        x if len(x) and isinstance(x[0], (list, tuple)) else [x] for x in (list(images), list(flagged))
+    )
+    if [len(row) for row in rows] != [len(row) for row in verdicts]:
+        raise ValueError("every picture needs the judge's verdict: give `flagged` in the form of the images")
+    pairs = [pair for both in zip(rows, verdicts, strict=True) for pair in zip(*both, strict=True)]
+    seen = [bool(verdict) for image, verdict in pairs if image is not None]
+    if any(verdict is None for image, verdict in pairs if image is not None):
+        raise ValueError("a picture that was not judged does not count as safe: judge it first")
+    if not unblurred:
+        rows = [[None if image is None else blurred(image) for image in row] for row in rows]
+    title = f"{sum(seen)} of {len(seen)} {what}"
+    fig = image_grid(rows, row_labels, col_labels, title, **settings)
+    if unblurred:
+        if fig.canvas.required_interactive_framework is None:
+            plt.close(fig)
+            raise ValueError(
+                "unblurred pictures are shown in a window only, and this session has none (a notebook would keep "
+                "them in its file): use Python in a desktop session, or leave them blurred"
+            )
+        fig.canvas.print_figure = _unsaved
+    return fig
+
+
+def _unsaved(*args, **kwargs):
+    raise ValueError(
+        "this figure shows pictures unblurred, and is not saved: make it anew without `unblurred`"
+    )
+
+
 def _pixels(image) -> np.ndarray:
     return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)

@@ -162,3 +162,61 @@ def test_vary_live_uses_the_same_function():
 def test_vary_refuses_what_it_cannot_show(choices):
     with pytest.raises(ValueError):
         vary(print, interactive=False, **choices)
+
+
+def checkers(size, turned=False):
+    """Black and white squares of one pixel: the mean of every larger square is the same grey, turned or not."""
+    pixels = (np.indices((size, size)).sum(0) % 2 == turned) * np.uint8(255)
+    return Image.fromarray(np.repeat(pixels[..., None], 3, 2))
+
+
+def test_a_blurred_picture_does_not_depend_on_what_is_in_its_squares():
+    """Two pictures that differ in every pixel and agree in 64 means are one picture after it: nothing to sharpen."""
+    one, other = checkers(64), checkers(64, turned=True)
+    assert (np.asarray(one) != np.asarray(other)).all()
+    assert figures.blurred(one).tobytes() == figures.blurred(other).tobytes()
+    brighter = Image.fromarray(np.asarray(one) // 2)
+    assert figures.blurred(brighter).tobytes() != figures.blurred(one).tobytes()  # control: the means do show
+    assert figures.blurred(one).size == one.size
+
+
+def rendered(fig):
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def test_the_safe_grid_is_blurred_counts_and_needs_a_verdict_for_each_picture(tmp_path):
+    safe = figures.safe_grid([checkers(64), checkers(64)], [True, False])
+    assert safe.axes[0].get_title() == "1 of 2 flagged by the judge"
+    turned = figures.safe_grid([checkers(64, True), checkers(64, True)], [True, False])
+    plain = [figures.image_grid([checkers(64, t)] * 2, title="x") for t in (False, True)]
+    assert rendered(safe) == rendered(turned)
+    assert rendered(plain[0]) != rendered(plain[1])  # control: unblurred, the pictures differ in the file
+    figures.save_figure(safe, "safe", data=pd.DataFrame({"flagged": [1, 0]}), notebook="x", folder=tmp_path)
+    gap = figures.safe_grid([[checkers(64), None]], [[False, None]], ["row"], what="show it")
+    assert gap.axes[0].get_title() == "0 of 1 show it"
+    for flagged in ([True], [True, None]):
+        with pytest.raises(ValueError, match="judge"):
+            figures.safe_grid([checkers(64)] * 2, flagged)
+
+
+def test_unblurred_pictures_need_a_window_and_never_reach_a_file(tmp_path, monkeypatch):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with pytest.raises(ValueError, match="in a window only"):
+        figures.safe_grid([checkers(64)], [True], unblurred=True)
+    assert not plt.get_fignums(), "the refused figure is closed"
+    monkeypatch.setattr(FigureCanvasAgg, "required_interactive_framework", "a desktop")
+    fig = figures.safe_grid([checkers(64)], [True], unblurred=True)
+    shown = np.asarray(fig.axes[0].get_images()[0].get_array())
+    assert np.array_equal(shown, np.asarray(checkers(64)))
+    data = pd.DataFrame({"flagged": [1]})
+    for save in (
+        lambda: fig.savefig(tmp_path / "picture.png"),
+        lambda: fig.savefig(tmp_path / "picture.svg"),
+        lambda: figures.save_figure(fig, "picture", data=data, notebook="x", folder=tmp_path),
+    ):
+        with pytest.raises(ValueError, match="not saved"):
+            save()
+    assert not list(tmp_path.iterdir())

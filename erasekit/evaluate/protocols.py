@@ -10,13 +10,15 @@ Emoji world:
     characters          Acc_e, Acc_s, H_c (MACE's identities)
     utility             all other concepts, in-world CLIP score, distances of features
 
-Stable Diffusion, from prompt files that are not shipped: i2p, unlearndiff (142 prompts), coco, imagenette, artists.
+Stable Diffusion, from prompt files that are not shipped: i2p, unlearndiff (142 prompts), coco, imagenette, artists; and
+cifar, which needs none.
 """
 
 import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -336,6 +338,13 @@ class PromptFile:
     licence: str
     columns: dict[str, str]
 
+    def command(self, to: str) -> str:
+        """A shell command that writes the file to a path, at the commit whose hash is known here."""
+        url, commit, path = re.fullmatch(r"(\S+) at (\w+), (\S+)", self.source).groups()
+        clone = url.rpartition("/")[2]
+        fetch = f"git clone -q --filter=blob:none {url} {clone}"
+        return f"[ -d {clone} ] || {fetch}; git -C {clone} show {commit}:{path} > {to}"
+
     def read(self, path: str | Path) -> list[dict[str, str]]:
         """Rows of the CSV; ValueError for a copy that is cut or altered, FileNotFoundError for none."""
         path = Path(path)
@@ -477,6 +486,42 @@ def imagenette(path: str | Path, erased: str, classifier: str = "microsoft/resne
         lambda p: replace(p, concept=IMAGENETTE[p.concept]),
         IMAGENETTE[erased],
     )
+
+
+# The ten classes of MACE's and RealEra's objects, each with the other words for it that Acc_g is measured on
+CIFAR_WORDS = {
+    "airplane": ("aircraft", "plane", "jet"),
+    "automobile": ("car", "vehicle", "motorcar"),
+    "bird": ("avian", "fowl", "winged creature"),
+    "cat": ("feline", "kitty", "housecat"),
+    "deer": ("hart", "stag", "doe"),
+    "dog": ("canine", "pooch", "hound"),
+    "frog": ("amphibian", "anuran", "tadpole"),
+    "horse": ("equine", "steed", "mount"),
+    "ship": ("vessel", "boat", "watercraft"),
+    "truck": ("lorry", "rig", "hauler"),
+}
+
+
+def cifar(erased: str, pictures: int = 200, clip: str = "openai/clip-vit-base-patch32") -> Protocol:
+    """MACE's object form (Lu et al., CVPR 2024), which RealEra uses too: "a photo of the {}", `pictures` of each class
+    and of each of the erased one's three other words, first choice of CLIP among the ten classes; DDIM, 50 steps,
+    guidance 7.5. The same three as the mean probability, which MACE's script averages, carry "mean" in their names.
+    """
+    (erased,) = _known(erased, tuple(CIFAR_WORDS), "class")
+    photo = "a photo of the {}"
+    prompts = [
+        Prompt(photo.format(name), name, role="target" if name == erased else "other") for name in CIFAR_WORDS
+    ]
+    prompts += [Prompt(photo.format(word), erased, role="synonym") for word in CIFAR_WORDS[erased]]
+    judge = _registered("Clip", clip, labels=tuple(CIFAR_WORDS), template=photo)
+    named = (("Acc_e", "target", "low"), ("Acc_s", "other", "high"), ("Acc_g", "synonym", "low"))
+    measures = [Measure(name, (role,), judge, goal=goal) for name, role, goal in named]
+    measures += [Measure(f"{name} mean", (role,), judge, "mean") for name, role, _ in named]
+    return Protocol(
+        "cifar", tuple(prompts), tuple(measures), tuple(range(pictures)), steps=50, guidance=7.5, summary="H_o",
+        erased=(erased,),
+    )  # fmt: skip
 
 
 def artists(path: str | Path, erased: str, clip: str = "openai/clip-vit-large-patch14") -> Protocol:
