@@ -6,6 +6,7 @@ import json
 import subprocess
 
 import conftest
+import nbformat
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_tokenizer
@@ -21,11 +22,12 @@ from transformers import (
 )
 
 import erasekit as ek
-from erasekit import models
+from erasekit import models, notebooks
 from erasekit.evaluate import protocols, runs, tables
 from erasekit.evaluate.protocols import IMAGENETTE
 from erasekit.evaluate.tables import TABLES
 from erasekit.methods import METHODS
+from erasekit.paths import NOTEBOOKS
 
 # of methods, attack; what a trial makes smaller
 SMALL = dict(
@@ -213,3 +215,18 @@ def test_prompt_files_are_fetched_at_their_commit(tmp_path):
         assert (tmp_path / "here" / "found.csv").read_text() == "right"
     for known in protocols.PROMPT_FILES.values():
         assert " show " in known.command("x.csv")
+
+
+@pytest.mark.slow
+def test_the_notebook_makes_a_table_behind_run_gpu(folder, tmp_path):
+    """Notebook 90 with its own parameters, on the tiny pipeline and judges, through the strict runner."""
+    out, path = tmp_path / "tables", NOTEBOOKS / "90_stable_diffusion.ipynb"
+    notebooks.run(
+        path, tmp_path / "executed.ipynb", run_gpu=True, table="mace-cifar", source=str(folder / "model"),
+        judges=str(folder / "judges"), concept="cat", pictures=1, iterations=1, out=str(out),
+    )  # fmt: skip
+    record = json.loads((out / "mace-cifar-cat-trial.json").read_text())
+    assert list(record["rows"]) == list(TABLES["mace-cifar"].rows) and record["erased"] == "cat"
+    assert all(row["results"][0]["measured"]["Acc_e"]["n"] == 1 for row in record["rows"].values())
+    cell = nbformat.read(tmp_path / "executed.ipynb", 4).cells[-2]
+    assert sum("image/png" in output.get("data", {}) for output in cell.outputs) == len(record["rows"])
