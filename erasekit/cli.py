@@ -1,4 +1,4 @@
-"""The command line: `python -m erasekit generate | erase | run | attack | evaluate | compare | licences | notebooks`.
+"""The command line: `python -m erasekit generate | erase | run | attack | evaluate | compare | ...`, --help lists all.
 
 Bad input ends in one line on stderr and exit status 2; a failed notebook in exit status 1.
 Heavy imports happen inside the commands, so that --help is quick.
@@ -157,6 +157,37 @@ def _found(path: Path) -> list[str]:
     if not texts:
         raise ValueError(f"{path}: this attack found no texts")
     return list(dict.fromkeys(texts))
+
+
+@app.command
+def promote(
+    *results: Annotated[Path, Parameter(help="Result files; all of build/results/ when left out.")],
+    write: Annotated[
+        bool, Parameter(help="Copy to data/results/ what is new or differs.", negative=())
+    ] = False,
+    all_fields: Annotated[bool, Parameter(help="List every field that differs.", negative=())] = False,
+) -> int:
+    """Compare results with the committed ones, and take them over with --write.
+
+    Machine, versions and seconds aside. Damaged files and those of other weights are refused.
+    """
+    import erasekit as ek
+    from erasekit.evaluate import promotion, world
+
+    paths = list(results) or sorted(promotion.FOLDER.glob("*.json"))
+    if not paths:
+        raise ValueError("there is nothing in build/results/: run the grid first (workflow/Snakefile)")
+    subject = world.subject(ek.load("emoji"))
+    found = [promotion.candidate(path, subject) for path in paths]
+    for one in found:
+        print(f"{one.state:8} {one.path.name}")
+        shown = one.details if all_fields else one.details[:5]
+        print("".join(f"           {line}\n" for line in shown), end="")
+        if len(one.details) > len(shown):
+            print(f"           and {len(one.details) - len(shown)} more (--all-fields)")
+    if write:
+        print(f"{len(promotion.write(found))} of {len(found)} written to data/results/")
+    return 1 if any(one.state == "refused" for one in found) else 0
 
 
 @app.command

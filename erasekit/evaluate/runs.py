@@ -17,6 +17,7 @@ nothing, and reading scores another way touches no picture. Lines carry their ow
 pieces.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -78,9 +79,10 @@ def _sealed(record: dict) -> bytes:
 
 
 def append_sealed(path: Path, records: Iterable[dict]) -> None:
-    """Write records at the end, after cutting off a line that a kill left unfinished."""
+    """Write records at the end, after cutting off a line that a kill left unfinished; one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until closed
         file.seek(0)
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)

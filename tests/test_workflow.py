@@ -1,0 +1,272 @@
+"""The grid of workflow/: it makes the committed results by the commands that they name, and promotion guards them."""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import yaml
+
+from erasekit import cli
+from erasekit.cli_methods import configured
+from erasekit.evaluate import promotion, runs
+from erasekit.evaluate.metrics import rate
+from erasekit.methods import METHODS
+from erasekit.paths import RESULTS, ROOT
+
+CONFIG = yaml.safe_load((ROOT / "workflow/config.yaml").read_text())
+COMMITTED = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    """Snakemake in an empty folder of its own; what it prints."""
+    words = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(ROOT / "workflow/Snakefile"),
+        "--directory",
+    ]
+    done = subprocess.run(
+        [*words, str(folder), "--cores", "2", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict[str, list[str]]:
+    """{output file: the words of the command that makes it} of a dry run of everything."""
+    printed = snakemake(tmp_path_factory.mktemp("dry"), "--dry-run", "--printshellcmds")
+    found = re.findall(r"^    output: (.+)\n(?:    .*\n)*Shell command: (.+)", printed, re.MULTILINE)
+    return {file: shlex.split(command) for outputs, command in found for file in outputs.split(", ")}
+
+
+def test_every_committed_result_is_a_cell_or_listed_with_a_reason(jobs):
+    made = {Path(file).stem for file in jobs if file.startswith("build/results/")}
+    listed = {cell for rule in CONFIG.keys() - {"erase", "uncovered"} for cell in CONFIG[rule]}
+    assert made == listed
+    assert made | CONFIG["uncovered"].keys() == COMMITTED.keys() and not made & CONFIG["uncovered"].keys()
+    assert all(CONFIG["uncovered"].values())
+
+
+@pytest.mark.parametrize("name", sorted(COMMITTED.keys() - CONFIG["uncovered"].keys()))
+def test_the_grid_gives_the_command_that_the_committed_file_names(jobs, name):
+    """But for what commands do not record: where `run` saves the edit, variants of an ablation, a transfer's edit."""
+    python, safe, *words = jobs[f"build/results/{name}.json"]
+    assert (python, safe) == (sys.executable, "-P")
+    words = ["python", *words]
+    if "&&" in words:  # the finished file is copied
+        words = words[: words.index("&&")]
+    words = [re.sub(r"^build/(results|ablations)/", "data/results/", word) for word in words]
+    words = [word.replace(f"{ROOT}/benchmarks", "benchmarks") for word in words]
+    expected = shlex.split(COMMITTED[name]["command"])
+    for option, command in (("--edit", "run"), ("--only", "erasekit.evaluate.ablation")):
+        while command in words and option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    if name == "benchmark_transfer":
+        words[3] = "EDIT"
+    assert words == expected
+
+
+def test_ablations_have_the_variants_that_were_committed(jobs):
+    for name in CONFIG["ablation"]:
+        words = jobs[f"build/results/{name}.json"]
+        asked = [value for option, value in zip(words, words[1:], strict=False) if option == "--only"]
+        assert asked == list(COMMITTED[name]["variants"])
+
+
+@pytest.mark.parametrize("name", [name for name in COMMITTED if COMMITTED[name].get("edit_made")])
+def test_the_grid_makes_the_edits_that_were_attacked(jobs, name):
+    words, made = jobs[f"build/results/{name}.json"], COMMITTED[name]["edit_made"]
+    edit = jobs[words[words.index("--edit") + 1]]
+    method, concept = edit[5:7]
+    asked = {}
+    for option, value in zip(edit[7::2], edit[8::2], strict=True):
+        asked.setdefault(option[2:], []).append(yaml.safe_load(value))
+    kept = asked.pop("preserve", None)
+    given = {option: one for option, (one,) in asked.items() if option not in ("out", "edit")}
+    config = json.loads(json.dumps(asdict(configured(METHODS[method].PRESETS["emoji"], given))))
+    assert (method, config) == (made["method"], made["config"])
+    assert concept == COMMITTED[name]["erased"]
+    assert kept is None or kept == made["concepts"]["preserve"]
+
+
+CELLS = {
+    "build/results/base_objects_dog.json": {"evaluate": {"base_objects_dog": {"pictures": 5}}},
+    "build/results/attack_concept-vector_uce_dog.json": {
+        "attack": {"attack_concept-vector_uce_dog": {"attempts": 5}}
+    },
+}
+
+
+@pytest.mark.slow
+def test_two_cells_run_and_are_not_run_again(tmp_path):
+    """Few pictures and attempts; with the edit that one of them attacks."""
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({rule: cells for part in CELLS.values() for rule, cells in part.items()}))
+    printed = snakemake(tmp_path, "--configfile", str(small), "--", *CELLS)
+    assert "3 of 3 steps (100%) done" in printed
+    drawn, attacked = (promotion.read(tmp_path / file) for file in CELLS)
+    assert "--pictures 5 --out data/results/" in drawn["command"] and drawn["measured"]
+    assert len(attacked["attempts"]) == attacked["success"]["n"] == 5
+    reference = COMMITTED["attack_concept-vector_uce_dog"]
+    assert attacked["edit_made"] == reference["edit_made"] and attacked["config"] == reference["config"]
+    first = [one["prompt"] for one in reference["attempts"][:5]]
+    assert [one["prompt"] for one in attacked["attempts"]] == first
+    assert "Nothing to be done" in snakemake(tmp_path, "--configfile", str(small), "--", *CELLS)
+    small.write_text(small.read_text().replace('"attempts": 5', '"attempts": 6'))
+    again = snakemake(tmp_path, "--configfile", str(small), "--dry-run", "--", *CELLS)
+    assert "rule attack" in again and "rule evaluate" not in again and "rule erase" not in again
+
+
+def test_a_failed_cell_names_the_command_and_leaves_no_file(tmp_path):
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"evaluate": {"base_objects_dog": {"pictures": "many"}}}))
+    with pytest.raises(AssertionError, match="--pictures many"):
+        snakemake(tmp_path, "--configfile", str(small), "--", "build/results/base_objects_dog.json")
+    assert not (tmp_path / "build/results/base_objects_dog.json").exists()
+
+
+@pytest.mark.parametrize("name", ["local", "slurm", "kubernetes"])
+def test_profiles_name_rules_and_options_that_there_are(name, jobs):
+    from snakemake.cli import get_argument_parser
+
+    profile = yaml.safe_load((ROOT / f"workflow/profiles/{name}/config.yaml").read_text())
+    options = {
+        word.lstrip("-") for action in get_argument_parser()._actions for word in action.option_strings
+    }
+    plugin = profile.get("executor", "local")
+    unknown = {
+        key for key in profile if key not in options and not key.startswith((f"{plugin}-", "storage-"))
+    }
+    assert not unknown
+    rules = set(
+        re.findall(r"^(?:use )?rule (?:\w+ as )?(\w+)", (ROOT / "workflow/Snakefile").read_text(), re.M)
+    )
+    assert {rule for key in ("set-resources", "set-threads") for rule in profile.get(key, {})} <= rules
+
+
+# Promotion
+
+SUBJECT = {"fingerprint": "f", "vae": "v", "judge": "j"}
+GOOD = {
+    "command": 'python -m erasekit run uce "dog" --out build/results/uce_dog.json',
+    **SUBJECT,
+    "after": {"target": rate(3, 50), "others": rate(500, 515)},
+    "variants": {"a": {"seconds": 3.0, "machine": {"cores": 2}, "course": [1.0, 0.5]}},
+    "machine": {"accelerator": "none"},
+}
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """A function: the candidate of a result, beside a committed one."""
+    committed = tmp_path / "committed"
+    committed.mkdir()
+
+    def call(result, old=None, name="uce_dog.json") -> promotion.Candidate:
+        path = tmp_path / name
+        path.write_text(result if isinstance(result, str) else json.dumps(result))
+        if old:
+            (committed / name).write_text(json.dumps(old))
+        return promotion.candidate(path, SUBJECT, committed)
+
+    call.committed = committed
+    return call
+
+
+def test_promotion_tells_new_same_and_different(judged):
+    moved = GOOD | {"command": GOOD["command"].replace("build/", "data/")}
+    assert judged(GOOD).state == "new"
+    there = "/home/me/build/"  # a pod's volume, say
+    assert judged(GOOD | {"command": GOOD["command"].replace("build/", there)}, moved).state == "same"
+    elsewhere = {"seconds": 9.0, "machine": {"cores": 16}, "course": [1.0, 0.5]}
+    assert judged(GOOD | {"machine": {}, "variants": {"a": elsewhere}}, moved).state == "same"
+    changed = GOOD | {"after": {"target": rate(4, 50), "others": rate(500, 515)}, "steps": 25}
+    del changed["variants"]
+    found = judged(changed)
+    assert found.state == "differs"
+    assert "after.target.k: 3 -> 4" in found.details and "steps: added" in found.details
+    assert "variants: gone" in found.details and not any("others" in line for line in found.details)
+    assert promotion.write([found], judged.committed) == [judged.committed / "uce_dog.json"]
+    assert judged(changed).state == "same"  # and the command names the committed file
+    assert json.loads((judged.committed / "uce_dog.json").read_text())["command"] == moved["command"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda d: json.dumps(d)[:-30], "not whole JSON"),
+        (lambda d: "", "not whole JSON"),
+        (lambda d: json.dumps(d).replace("0.06,", "NaN,"), "NaN"),
+        (lambda d: {k: v for k, v in d.items() if k != "command"}, "does not name the command"),
+        (lambda d: d | {"command": d["command"].replace("uce_dog", "uce_cat")}, "made as something else"),
+        (
+            lambda d: d | {"command": d["command"].replace("build/", "/home/me/")},
+            "made as something else",
+        ),
+        (lambda d: d | {"fingerprint": "other"}, "fingerprint"),
+        (
+            lambda d: {k: v for k, v in d.items() if k != "judge"} | {"judges": {"emoji-object": "other"}},
+            "judge",
+        ),
+        (lambda d: d | {"after": {"target": rate(3, 50) | {"k": 4}}}, "after.target does not follow"),
+        (lambda d: d | {"after": {"target": rate(3, 50) | {"n": 0}}}, "after.target does not follow"),
+    ],
+)
+def test_promotion_refuses_what_is_damaged_or_of_other_weights(judged, damage, complaint):
+    found = judged(damage(GOOD))
+    assert found.state == "refused" and complaint in " ".join(found.details)
+    good = promotion.Candidate(Path("good.json"), "new", (), "{}")
+    with pytest.raises(ValueError, match="uce_dog.json"):
+        promotion.write([good, found], judged.committed)
+    assert not list(judged.committed.iterdir())
+
+
+def test_committed_results_are_sound_and_the_same_as_themselves(tmp_path, capsys):
+    """The command as it is typed: it writes nothing, and nothing where a file is cut short."""
+    for name, result in COMMITTED.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    before = {path: path.read_bytes() for path in RESULTS.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        cli.main(["promote", *map(str, sorted(tmp_path.glob("*.json"))), "--write"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and lines[-1] == f"0 of {len(COMMITTED)} written to data/results/"
+    assert {line.split()[0] for line in lines[:-1]} == {"same"}
+    half = tmp_path / "uce_church.json"
+    half.write_text(half.read_text()[:-20])
+    with pytest.raises(SystemExit) as end:
+        cli.main(["promote", str(half), "--write"])
+    assert end.value.code == 2 and "refused  uce_church.json" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
+
+
+# Cells that draw with the same model at once
+
+
+def test_a_line_that_another_process_is_writing_is_not_cut_off(tmp_path):
+    path = tmp_path / "pictures.0.jsonl"
+    line = runs._sealed({"shot": "a"})
+    other = Thread(target=runs.append_sealed, args=(path, [{"shot": "b"}]))
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(line[:10])
+        file.flush()
+        other.start()
+        other.join(0.5)
+        file.write(line[10:])
+    other.join()
+    assert runs.read_sealed(tmp_path, "pictures").keys() == {"a", "b"}
