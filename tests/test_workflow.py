@@ -105,9 +105,9 @@ def test_the_grid_makes_the_edits_that_were_attacked(jobs, name):
 
 
 CELLS = {
-    "build/results/base_objects_dog.json": {"evaluate": {"base_objects_dog": {"pictures": 5}}},
+    "build/results/base_characters_ghost.json": {"evaluate": {"base_characters_ghost": {"pictures": 1}}},
     "build/results/attack_concept-vector_uce_dog.json": {
-        "attack": {"attack_concept-vector_uce_dog": {"attempts": 5}}
+        "attack": {"attack_concept-vector_uce_dog": {"attempts": 3}}
     },
 }
 
@@ -120,24 +120,24 @@ def test_two_cells_run_and_are_not_run_again(tmp_path):
     printed = snakemake(tmp_path, "--configfile", str(small), "--", *CELLS)
     assert "3 of 3 steps (100%) done" in printed
     drawn, attacked = (promotion.read(tmp_path / file) for file in CELLS)
-    assert "--pictures 5 --out data/results/" in drawn["command"] and drawn["measured"]
-    assert len(attacked["attempts"]) == attacked["success"]["n"] == 5
+    assert "--pictures 1 --out data/results/" in drawn["command"] and drawn["measured"]
+    assert len(attacked["attempts"]) == attacked["success"]["n"] == 3
     reference = COMMITTED["attack_concept-vector_uce_dog"]
     assert attacked["edit_made"] == reference["edit_made"] and attacked["config"] == reference["config"]
-    first = [one["prompt"] for one in reference["attempts"][:5]]
+    first = [one["prompt"] for one in reference["attempts"][:3]]
     assert [one["prompt"] for one in attacked["attempts"]] == first
     assert "Nothing to be done" in snakemake(tmp_path, "--configfile", str(small), "--", *CELLS)
-    small.write_text(small.read_text().replace('"attempts": 5', '"attempts": 6'))
+    small.write_text(small.read_text().replace('"attempts": 3', '"attempts": 4'))
     again = snakemake(tmp_path, "--configfile", str(small), "--dry-run", "--", *CELLS)
     assert "rule attack" in again and "rule evaluate" not in again and "rule erase" not in again
 
 
 def test_a_failed_cell_names_the_command_and_leaves_no_file(tmp_path):
     small = tmp_path / "small.json"
-    small.write_text(json.dumps({"evaluate": {"base_objects_dog": {"pictures": "many"}}}))
+    small.write_text(json.dumps({"evaluate": {"base_characters_ghost": {"pictures": "many"}}}))
     with pytest.raises(AssertionError, match="--pictures many"):
-        snakemake(tmp_path, "--configfile", str(small), "--", "build/results/base_objects_dog.json")
-    assert not (tmp_path / "build/results/base_objects_dog.json").exists()
+        snakemake(tmp_path, "--configfile", str(small), "--", "build/results/base_characters_ghost.json")
+    assert not (tmp_path / "build/results/base_characters_ghost.json").exists()
 
 
 @pytest.mark.parametrize("name", ["local", "slurm", "kubernetes"])
