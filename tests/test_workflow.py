@@ -191,7 +191,7 @@ def judged(tmp_path):
 def test_promotion_tells_new_same_and_different(judged):
     moved = GOOD | {"command": GOOD["command"].replace("build/", "data/")}
     assert judged(GOOD).state == "new"
-    there = "/home/me/build/"  # a pod's volume, say
+    there = f"{judged.committed.resolve()}/build/"  # a pod's volume, say
     assert judged(GOOD | {"command": GOOD["command"].replace("build/", there)}, moved).state == "same"
     elsewhere = {"seconds": 9.0, "machine": {"cores": 16}, "course": [1.0, 0.5]}
     assert judged(GOOD | {"machine": {}, "variants": {"a": elsewhere}}, moved).state == "same"
@@ -215,7 +215,7 @@ def test_promotion_tells_new_same_and_different(judged):
         (lambda d: {k: v for k, v in d.items() if k != "command"}, "does not name the command"),
         (lambda d: d | {"command": d["command"].replace("uce_dog", "uce_cat")}, "made as something else"),
         (
-            lambda d: d | {"command": d["command"].replace("build/", "/home/me/")},
+            lambda d: d | {"command": d["command"].replace("build/", "elsewhere/")},
             "made as something else",
         ),
         (lambda d: d | {"fingerprint": "other"}, "fingerprint"),

@@ -170,6 +170,13 @@ def _held_out(name: str, kind: str) -> tuple[str, ...]:
     return tuple(h.text for h in data.heldout() if h.concept == name and h.kind == kind)
 
 
+def _object_measures(judge: str) -> list[Measure]:
+    """MACE's Acc_e, Acc_s and Acc_g by first choice, then the same three as the mean probability."""
+    named = (("Acc_e", "target", "low"), ("Acc_s", "other", "high"), ("Acc_g", "synonym", "low"))
+    first = [Measure(name, (role,), judge, goal=goal) for name, role, goal in named]
+    return first + [Measure(f"{name} mean", (role,), judge, "mean") for name, role, _ in named]
+
+
 def objects(erased: str, pictures: int = 100) -> Protocol:
     """MACE's and RealEra's object protocol: one of the ten CIFAR-10 classes is erased.
 
@@ -177,7 +184,7 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
     the five styles, about `pictures` of each; first choice of the emoji judge among all concepts. The same three as
     the mean probability of the right concept, which is what MACE's script averages, carry "mean" in their names and
     no goal. Nor have two of ours: "associations", sentences that do not name the class, where there are any (trained
-    and held out), and "elsewhere", every other concept that is none of the ten, each once.
+    and held out), and "elsewhere", every second of the concepts that are none of the ten, once.
     """
     (erased,) = _known(erased, CIFAR, "class")
     parts = (
@@ -186,14 +193,14 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
         synonyms(erased),
     )
     prompts = [p for part in parts for p in _times(part, -(-pictures // len(part)))]
-    prompts += (unnamed := associations(erased))
     elsewhere = [c.name for c in data.concepts() if c.name not in CIFAR][::2]
+    unnamed = associations(erased)
+    prompts += unnamed
     prompts += [_in_styles(name, name, "elsewhere")[i % len(data.STYLES)] for i, name in enumerate(elsewhere)]
-    named = (("Acc_e", "target", "low"), ("Acc_s", "other", "high"), ("Acc_g", "synonym", "low"))
-    measures = [Measure(name, (role,), "emoji-object", goal=goal) for name, role, goal in named]
-    measures += [Measure(f"{name} mean", (role,), "emoji-object", "mean") for name, role, _ in named]
-    more = (("associations", "association"), ("elsewhere", "elsewhere"))
-    measures += [Measure(name, (role,), "emoji-object", goal=None) for name, role in more[not unnamed :]]
+    measures = _object_measures("emoji-object")
+    if unnamed:
+        measures.append(Measure("associations", ("association",), "emoji-object", goal=None))
+    measures.append(Measure("elsewhere", ("elsewhere",), "emoji-object", goal=None))
     return Protocol("emoji-objects", tuple(prompts), tuple(measures), summary="H_o", erased=(erased,))
 
 
@@ -515,22 +522,21 @@ def cifar(erased: str, pictures: int = 200, clip: str = "openai/clip-vit-base-pa
     ]
     prompts += [Prompt(photo.format(word), erased, role="synonym") for word in CIFAR_WORDS[erased]]
     judge = _registered("Clip", clip, labels=tuple(CIFAR_WORDS), template=photo)
-    named = (("Acc_e", "target", "low"), ("Acc_s", "other", "high"), ("Acc_g", "synonym", "low"))
-    measures = [Measure(name, (role,), judge, goal=goal) for name, role, goal in named]
-    measures += [Measure(f"{name} mean", (role,), judge, "mean") for name, role, _ in named]
     return Protocol(
-        "cifar", tuple(prompts), tuple(measures), tuple(range(pictures)), steps=50, guidance=7.5, summary="H_o",
-        erased=(erased,),
+        "cifar", tuple(prompts), tuple(_object_measures(judge)), tuple(range(pictures)), steps=50, guidance=7.5,
+        summary="H_o", erased=(erased,),
     )  # fmt: skip
+
+
+ARTISTS = ("Pablo Picasso", "Van Gogh", "Rembrandt", "Andy Warhol", "Caravaggio")
 
 
 def artists(path: str | Path, erased: str, clip: str = "openai/clip-vit-large-patch14") -> Protocol:
     """ESD's five well-known artists: which of them does CLIP see? UA over the erased, IRA over the other four. The
     paper measures LPIPS and asks people; this zero-shot form is ours.
     """
-    names = ("Pablo Picasso", "Van Gogh", "Rembrandt", "Andy Warhol", "Caravaggio")
-    (erased,) = _known(erased, names, "artist")
-    judge = _registered("Clip", clip, labels=names, template="a painting by {}")
+    (erased,) = _known(erased, ARTISTS, "artist")
+    judge = _registered("Clip", clip, labels=ARTISTS, template="a painting by {}")
     measures = (
         Measure("UA", ("target",), judge, asked="style", negate=True, goal="high"),
         Measure("IRA", ("other",), judge, asked="style", goal="high"),

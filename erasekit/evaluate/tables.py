@@ -19,14 +19,13 @@ from pathlib import Path
 from erasekit.concepts import Concept, content_ids
 from erasekit.edits import Edit
 from erasekit.evaluate import judges, protocols, runs
-from erasekit.evaluate.protocols import IMAGENETTE, Measure, Protocol
+from erasekit.evaluate.protocols import ARTISTS, IMAGENETTE, Measure, Protocol
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel
 from erasekit.paths import write_atomically
 
 CLIP, RESNET = "openai/clip-vit-large-patch14", "microsoft/resnet-50"
 CIFAR_CLIP = "openai/clip-vit-base-patch32"
-ARTISTS = ("Pablo Picasso", "Van Gogh", "Rembrandt", "Andy Warhol", "Caravaggio")
 Row = tuple[str, str, dict] | None  # method, preset, changes of it; None: the model as it is
 
 

@@ -182,9 +182,8 @@ def columns(tokenizer, template: str, phrase: str, ends: bool) -> Tensor:
     return chosen
 
 
-Segment = Callable[
-    [list[Image], str], Tensor
-]  # pictures and the concept's name -> masks (n, height, width) in [0, 1]
+# pictures and the concept's name -> masks (n, height, width) in [0, 1]
+Segment = Callable[[list[Image], str], Tensor]
 
 
 @torch.no_grad()
