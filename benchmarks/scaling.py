@@ -1,6 +1,7 @@
 """Many objects erased at once: what is left of them, what of the rest, and at what price.
 
     python benchmarks/scaling.py mace --out data/results/benchmark_scaling_mace.json
+    python benchmarks/scaling.py mace --without-lora --out data/results/benchmark_scaling_mace_without_lora.json
 
 The sets grow: the first 1, 5, 10, 25 and 50 of every other concept of the emoji world. What is kept is the same for
 all of them, the concepts that are in none, so that rows differ in the number of erased ones alone. Kept by a method
@@ -12,7 +13,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 
@@ -50,13 +51,12 @@ def protocol(erased: list[str], pictures: int = 100) -> Protocol:
     return Protocol("emoji-many", prompts, measures, summary="H", erased=tuple(erased))
 
 
-def row(model: ek.DiffusionModel, method: str, count: int) -> dict:
-    """Erase the first `count` concepts and measure."""
-    module = METHODS[method]
+def row(model: ek.DiffusionModel, module, config, count: int) -> dict:
+    """Erase the first `count` concepts by a method and measure."""
     with tempfile.TemporaryDirectory() as folder:  # what a method caches would make the next row cheaper
         more = {"folder": Path(folder)} if "folder" in signature(module.fit).parameters else {}
         start = time.perf_counter()
-        edit = module.fit(model, ERASED[:count], KEPT, **more)
+        edit = module.fit(model, ERASED[:count], KEPT, config=config, **more)
         seconds = time.perf_counter() - start
     done = runs.run(model, edit, protocol(ERASED[:count]), progress=True)
     about = {"concepts": count, "seconds": round(seconds, 2), "bytes": edit.nbytes, "kind": edit.kind}
@@ -69,14 +69,23 @@ def main() -> None:
     )
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=SIZES)
+    parser.add_argument("--most", type=int, default=SIZES[-1], choices=SIZES, help="the largest set to erase")
+    parser.add_argument("--without-lora", action="store_true", help="MACE, RealEra: their closed form alone")
     given = parser.parse_args()
+    module = METHODS[given.method]
+    config = module.PRESETS["emoji"]
+    options = [] if given.most == SIZES[-1] else ["--most", str(given.most)]
+    if given.without_lora:
+        if not hasattr(config, "lora"):
+            parser.error(f"{given.method} has no LoRA to leave out")
+        config = replace(config, lora=False)
+        options += ["--without-lora"]
     model = ek.load("emoji")
-    config = json.loads(json.dumps(asdict(METHODS[given.method].PRESETS["emoji"])))
+    words = [given.method, *options, "--out", given.out.as_posix()]
     head = {
-        "command": f"python benchmarks/scaling.py {given.method} --out {given.out.as_posix()}",
+        "command": f"python benchmarks/scaling.py {' '.join(words)}",
         "method": given.method,
-        "config": config,
+        "config": json.loads(json.dumps(asdict(config))),
         "erased": ERASED,
         "kept": KEPT,
         **world.subject(model),
@@ -84,9 +93,9 @@ def main() -> None:
     old = json.loads(given.out.read_text()) if given.out.exists() else {}
     same = all(old.get(key) == head[key] for key in ("config", "erased", "fingerprint"))
     rows = {one["concepts"]: one for one in old["rows"]} if same else {}
-    for count in given.sizes:
-        if count not in rows:
-            rows[count] = row(model, given.method, count)
+    for count in SIZES:
+        if count not in rows and count <= given.most:
+            rows[count] = row(model, module, config, count)
             write_atomically(
                 given.out, json.dumps({**head, "rows": [rows[k] for k in sorted(rows)]}, indent=1) + "\n"
             )

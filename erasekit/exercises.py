@@ -223,3 +223,17 @@ def check_attenuation(theirs: Callable[..., float]) -> None:
     measured, predicted = float(solved[1:, 1:].diagonal().mean()), theirs(n, sigma, m, tau, weight, lam)
     assert abs(measured - predicted) < 0.02, f"measured {measured:.3f}, your formula says {predicted:.3f}"
     print("attenuation: all tests passed")
+
+
+def check_pareto(theirs: Callable[[Sequence[float], Sequence[float]], Sequence[bool]]) -> None:
+    """Notebook 40, exercise 1."""
+    found = lambda *points: [bool(one) for one in theirs(*zip(*points, strict=True))]
+    assert found((0.5, 0.5)) == [True], "a point by itself is dominated by nobody"
+    assert found((0.9, 0.3), (0.2, 0.9), (0.1, 0.8)) == [True, True, False], (
+        "the third is worse than the second in both"
+    )
+    assert found((0.5, 0.5), (0.5, 0.6)) == [False, True], (
+        "as good in one and worse in the other is dominated"
+    )
+    assert found((0.5, 0.5), (0.5, 0.5)) == [True, True], "equal points do not dominate each other"
+    print("pareto: all tests passed")

@@ -123,6 +123,45 @@ def _render(fig: Figure, kind: str, metadata: dict) -> bytes:
     return buffer.getvalue()
 
 
+def rates(
+    data: pd.DataFrame,
+    row: str,
+    panel: str,
+    *,
+    method: str | dict[str, str] = "original",
+    titles: dict[str, str] | None = None,
+    baseline: dict[str, float] | None = None,
+    about: str = "share of pictures, 95 % interval",
+    line: float = 0.2,
+) -> Figure:
+    """Rates with their intervals: a panel for each value of one column, a line for each value of another.
+
+    data: columns rate, low, high, as `metrics.rate` gives them, and the two that are named. Lines and panels stand in
+    their order of appearance. method: whose color and marker, for all lines or by line. titles: of the panels.
+    baseline: a dotted rate for each panel. about: under the axes. line: inches.
+    """
+    lines, panels = list(dict.fromkeys(data[row])), list(dict.fromkeys(data[panel]))
+    fig, axs = plt.subplots(
+        1, len(panels), figsize=(WIDE, 0.65 + line * len(lines)), sharey=True, squeeze=False
+    )
+    for ax, name in zip(axs[0], panels, strict=True):
+        for _, one in data[data[panel] == name].iterrows():
+            key = method if isinstance(method, str) else method[one[row]]
+            error = [[one["rate"] - one["low"]], [one["high"] - one["rate"]]]
+            ax.errorbar(
+                one["rate"], lines.index(one[row]), xerr=error, fmt=METHOD_MARKERS[key],
+                color=METHOD_COLORS[key], ms=5,
+            )  # fmt: skip
+        if baseline:
+            ax.axvline(baseline[name], color="0.7", ls=":")
+        ax.set(title=(titles or {}).get(name, name), xlim=(-0.04, 1.04))
+        ax.set(yticks=range(len(lines)), yticklabels=lines, ylim=(len(lines) - 0.5, -0.5))
+        if len(panels) > 4:
+            ax.set_xticks([0, 0.5, 1])
+    fig.supxlabel(about, fontsize=8)
+    return fig
+
+
 def image_grid(
     images: Sequence,
     row_labels: Sequence[str] | None = None,
