@@ -10,7 +10,7 @@ from erasekit.evaluate import comparison
 from erasekit.evaluate.metrics import rate
 from erasekit.evaluate.protocols import CIFAR
 from erasekit.methods import METHODS
-from erasekit.paths import RESULTS
+from erasekit.paths import RESULTS, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,32 @@ def test_ranks_turn_round_with_the_goal():
     rates = {"a": rate(3, 50), "b": rate(40, 50)}
     low, high = (comparison.ranks(rates, goal, np.random.default_rng(0)) for goal in ("low", "high"))
     assert list(low.index) == ["a", "b"] and list(high.index) == ["b", "a"]
+
+
+NAMES = {
+    "uce": "UCE", "rece": "RECE", "esd": "ESD", "mace": "MACE", "realera": "RealEra", "trce": "TRCE",
+    "advunlearn": "AdvUnlearn",
+}  # fmt: skip
+
+
+def test_readme_has_the_numbers_of_the_comparison(table):
+    dog = table[
+        table["concept"].eq("dog") & (table["protocol"].eq("emoji-objects") | table["hash"].eq("63892f35"))
+    ]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for key, name in NAMES.items():
+        own = dog[dog["method"] == key]
+        count = lambda of, what, own=own: own[own[of] == what].iloc[-1][["k", "n"]].tolist()
+        others = [
+            sum(pair) for pair in zip(count("measure", "Acc_s"), count("measure", "elsewhere"), strict=True)
+        ]
+        attack = (
+            own[own["protocol"].eq("UnlearnDiffAtk") & own["measure"].eq("attack")]
+            .iloc[0][["k", "n"]]
+            .tolist()
+        )
+        told = [
+            "{}/{}".format(*pair)
+            for pair in (count("measure", "Acc_e"), count("measure", "Acc_g"), attack, others)
+        ]
+        assert any(line.startswith(f"| {name} | " + " | ".join(told) + " |") for line in lines), (name, told)

@@ -1,0 +1,53 @@
+"""The benchmark of many concepts: nested sets, one kept set for all, rates and their harmonic mean."""
+
+import json
+import sys
+
+import pytest
+
+from erasekit.evaluate.metrics import harmonic_mean, rate
+from erasekit.paths import RESULTS, ROOT
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        import scaling
+
+        yield scaling
+    finally:
+        sys.path.remove(folder)
+
+
+def test_no_kept_concept_is_ever_erased_and_none_is_forgotten(scaling):
+    from erasekit.emoji import data
+
+    assert not set(scaling.ERASED) & set(scaling.KEPT)
+    assert {c.name for c in data.concepts()} == {*scaling.ERASED, *scaling.KEPT}
+    assert len(scaling.ERASED) == max(scaling.SIZES)
+
+
+@pytest.mark.parametrize("count", (1, 5, 50))
+def test_a_hundred_pictures_of_the_erased_and_the_same_of_the_kept_for_every_size(scaling, count):
+    protocol = scaling.protocol(scaling.ERASED[:count])
+    asked = {role: [p for p in protocol.prompts if p.role == role] for role in ("target", "other")}
+    assert {p.concept for p in asked["target"]} == set(scaling.ERASED[:count])
+    assert 100 <= len(asked["target"]) < 100 + count
+    assert asked["other"] == [p for p in scaling.protocol(scaling.ERASED[:1]).prompts if p.role == "other"]
+    shots = {(p.text, p.seed) for p in protocol.prompts}
+    assert len(shots) == len(protocol.prompts), "no picture counts twice"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("benchmark_scaling_*.json")), ids=lambda path: path.stem)
+def test_rows_are_rates_of_nested_sets(scaling, path):
+    found = json.loads(path.read_text())
+    assert (found["erased"], found["kept"]) == (scaling.ERASED, scaling.KEPT)
+    sizes = [row["concepts"] for row in found["rows"]]
+    assert sizes == list(scaling.SIZES[: len(sizes)])
+    for row in found["rows"]:
+        for name in ("Acc_e", "Acc_s"):
+            assert row[name] == rate(row[name]["k"], row[name]["n"])
+        expected = harmonic_mean([1 - row["Acc_e"]["rate"], row["Acc_s"]["rate"]])
+        assert row["H"]["harmonic_mean"] == pytest.approx(expected, abs=1e-4)
