@@ -121,3 +121,7 @@ def test_readme_has_the_numbers_of_the_comparison(table):
             for pair in (count("measure", "Acc_e"), count("measure", "Acc_g"), attack, others)
         ]
         assert any(line.startswith(f"| {name} | " + " | ".join(told) + " |") for line in lines), (name, told)
+
+
+def test_every_measure_has_a_goal(table):
+    assert table["goal"].isin(["low", "high"]).all()

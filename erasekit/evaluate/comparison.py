@@ -28,6 +28,8 @@ LOW = (
     "held_out",
     "adversarial",
     "target",
+    "raw",
+    "attack",
     "Frechet",
 )
 HIGH = ("Acc_s", "elsewhere", "tools kept", "others", "objects", "styles", "CLIP score", "H_o", "H")
