@@ -1,6 +1,9 @@
 """A tiny random Stable Diffusion 1.x pipeline, made of the real classes; no test needs the network."""
 
+import importlib.util
 import os
+import sys
+from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,9 +14,26 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erasekit import models
+from erasekit.paths import ROOT
 
 WHOLE = "castle church house dog a an in flat ink style image picture of art".split()  # one token each
 LENGTH, WIDTH = 24, 32
+
+
+@contextmanager
+def benchmark_script(name: str):
+    """benchmarks/NAME.py as a module, beside the others of its folder."""
+    folder = ROOT / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop(name, None)
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

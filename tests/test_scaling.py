@@ -1,24 +1,18 @@
 """The benchmark of many concepts: nested sets, one kept set for all, rates and their harmonic mean."""
 
 import json
-import sys
 
 import pytest
+from conftest import benchmark_script
 
 from erasekit.evaluate.metrics import harmonic_mean, rate
-from erasekit.paths import RESULTS, ROOT
+from erasekit.paths import RESULTS
 
 
 @pytest.fixture(scope="module")
 def scaling():
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        import scaling
-
-        yield scaling
-    finally:
-        sys.path.remove(folder)
+    with benchmark_script("scaling") as module:
+        yield module
 
 
 def test_no_kept_concept_is_ever_erased_and_none_is_forgotten(scaling):

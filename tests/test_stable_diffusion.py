@@ -1,31 +1,19 @@
 """What the benchmark at the true shapes counts is what a fit does; and on a GPU, the true shape itself."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import benchmark_script, tiny_pipeline
 
 import erasekit as ek
 from erasekit import models
-from erasekit.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    folder = ROOT / "benchmarks"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location("stable_diffusion", folder / "stable_diffusion.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+    with benchmark_script("stable_diffusion") as module:
         yield module
-    finally:
-        sys.path.remove(str(folder))
-        sys.modules.pop("stable_diffusion", None)
 
 
 # (method, settings, prompts, kept): with one sampler step, or cached states, nothing of the count is left to chance

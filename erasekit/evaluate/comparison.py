@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from erasekit.evaluate.metrics import rate, text
+from erasekit.evaluate.metrics import rate
 from erasekit.evaluate.protocols import CIFAR
+from erasekit.evaluate.runs import shown
 from erasekit.paths import RESULTS
 
 # Which way a good erasure goes, for the measures of all kinds of result files
@@ -64,18 +65,7 @@ def gathered(folder: Path = RESULTS) -> pd.DataFrame:
     same = table["method"].eq(BEFORE) & table.duplicated(["concept", "protocol", "hash", "measure", "rate"])
     table = table[~same].reset_index(drop=True)  # files about one concept repeat the unedited model
     table["goal"] = table["measure"].map(GOALS)
-    table["text"] = [_told(row) for row in table.to_dict("records")]
     return table.astype({"k": "Int64", "n": "Int64", "kept": "Int64", "bytes": "Int64"})
-
-
-def _told(row: dict) -> str:
-    if pd.isna(row["low"]):
-        return f"{row['rate']:.4f}"
-    return text(row | {"k": int(row["k"]), "n": int(row["n"])} if pd.notna(row["k"]) else _mean(row))
-
-
-def _mean(row: dict) -> dict:
-    return {"mean": row["rate"], "low": row["low"], "high": row["high"], "n": int(row["n"])}
 
 
 def _attack(found: dict, rest: str, kind: str) -> list[dict]:
@@ -90,7 +80,10 @@ def _attack(found: dict, rest: str, kind: str) -> list[dict]:
         "hash": found["protocol"]["hash"][:8],
         "kept": len(made["concepts"]["preserve"]) if made else None,
     }
-    return [{**about, "measure": name, **found[key]} for name, key in (("raw", "raw"), ("attack", "success"))]
+    return [
+        {**about, "measure": name, **_as_rate(found[key])}
+        for name, key in (("raw", "raw"), ("attack", "success"))
+    ]
 
 
 def _run(found: dict, rest: str, kind: str) -> list[dict]:
@@ -116,7 +109,9 @@ def _world(found: dict, stem: str) -> list[dict]:
     rows = []
     for method, key in ((BEFORE, "before"), (variant, "after")):
         own = {**about, "method": method, "protocol": "judged", "hash": found["protocol"].rpartition("-")[2]}
-        rows += [{**own, "measure": name, **one} for name, one in found[key].items() if name in GOALS]
+        rows += [
+            {**own, "measure": name, **_as_rate(one)} for name, one in found[key].items() if name in GOALS
+        ]
         if "utility" in found:
             name, _, short = found["utility"]["protocol"].rpartition("-")
             own |= {"protocol": name, "hash": short}
@@ -124,12 +119,14 @@ def _world(found: dict, stem: str) -> list[dict]:
                 {**own, "measure": one, **_as_rate(value)} for one, value in found["utility"][key].items()
             ]
     if "utility" in found:
-        rows.append({**own, "measure": "Frechet", "rate": found["utility"]["emoji-clip"]["Frechet"]})
+        frechet = found["utility"]["emoji-clip"]["Frechet"]
+        rows.append({**own, "measure": "Frechet", "rate": frechet, "text": f"{frechet:.4f}"})
     return rows
 
 
 def _as_rate(one: dict) -> dict:
-    return {"rate" if name in ("mean", "harmonic_mean") else name: value for name, value in one.items()}
+    rates = {"rate" if name in ("mean", "harmonic_mean") else name: value for name, value in one.items()}
+    return rates | {"text": shown(one)}
 
 
 def ten_objects(table: pd.DataFrame) -> pd.DataFrame:
