@@ -266,7 +266,7 @@ class Edit:
         if self.kind != "text_encoder":
             raise ValueError(f"a {self.kind} edit does not change the text encoder: use merged")
         edited = self.merged(self._base(model))
-        with models.no_progress_bars():
+        with models.quietly():
             edited.text_encoder.save_pretrained(folder, safe_serialization=True)
         return Path(folder)
 

@@ -132,13 +132,15 @@ def rates(
     titles: dict[str, str] | None = None,
     baseline: dict[str, float] | None = None,
     about: str = "share of pictures, 95 % interval",
+    whole: bool = True,
     line: float = 0.2,
 ) -> Figure:
     """Rates with their intervals: a panel for each value of one column, a line for each value of another.
 
     data: columns rate, low, high, as `metrics.rate` gives them, and the two that are named. Lines and panels stand in
-    their order of appearance. method: whose color and marker, for all lines or by line. titles: of the panels.
-    baseline: a dotted rate for each panel. about: under the axes. line: inches.
+    their order of appearance. method: whose color and marker, for all, by line or by panel. titles: of the panels.
+    baseline: a dotted rate for each panel. about: under the axes. whole: axes from 0 to 1, else each as far as its
+    intervals reach. line: inches.
     """
     lines, panels = list(dict.fromkeys(data[row])), list(dict.fromkeys(data[panel]))
     fig, axs = plt.subplots(
@@ -146,7 +148,7 @@ def rates(
     )
     for ax, name in zip(axs[0], panels, strict=True):
         for _, one in data[data[panel] == name].iterrows():
-            key = method if isinstance(method, str) else method[one[row]]
+            key = method if isinstance(method, str) else method.get(one[row]) or method[name]
             error = [[one["rate"] - one["low"]], [one["high"] - one["rate"]]]
             ax.errorbar(
                 one["rate"], lines.index(one[row]), xerr=error, fmt=METHOD_MARKERS[key],
@@ -154,10 +156,12 @@ def rates(
             )  # fmt: skip
         if baseline:
             ax.axvline(baseline[name], color="0.7", ls=":")
-        ax.set(title=(titles or {}).get(name, name), xlim=(-0.04, 1.04))
+        ax.set(title=(titles or {}).get(name, name))
         ax.set(yticks=range(len(lines)), yticklabels=lines, ylim=(len(lines) - 0.5, -0.5))
-        if len(panels) > 4:
-            ax.set_xticks([0, 0.5, 1])
+        if whole:
+            ax.set(xlim=(-0.04, 1.04), xticks=[0, 0.5, 1] if len(panels) > 4 else [0, 0.2, 0.4, 0.6, 0.8, 1])
+        else:
+            ax.locator_params(axis="x", nbins=3)
     fig.supxlabel(about, fontsize=8)
     return fig
 

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -307,7 +307,7 @@ class DiffusionModel:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read."""
-        with no_progress_bars():
+        with quietly():
             self.pipeline.save_pretrained(folder, safe_serialization=True)
         drop_origin(folder)
         (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
@@ -428,7 +428,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
 
             data.verified(file.relative_to(folder.parent).as_posix(), folder.parent)
     try:
-        with no_progress_bars() if local else nullcontext():
+        with quietly(bars=not local):
             pipeline = DiffusionPipeline.from_pretrained(
                 folder if local else source,
                 dtype=dtype,
@@ -449,14 +449,19 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """A model on disk loads in a moment; its bars would only stand in every notebook."""
+def quietly(*, bars: bool = False) -> Iterator[None]:
+    """Load or save a model without progress bars, which a model on disk does not need, and without the notice that
+    torchvision is missing, which no picture depends on.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in loggers:
+    for log in loggers if not bars else ():
         log.disable_progress_bar()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         for log in loggers:
             log.enable_progress_bar()
 

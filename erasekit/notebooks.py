@@ -130,7 +130,7 @@ def run(path: Path, out: Path, /, *, on_cell: Callable[[int, int], None] | None 
         kernel_name="python3",
         progress_bar=False,
         execution_timeout=CELL_TIMEOUT,
-        extra_arguments=["--log-level=ERROR"],  # of the kernel, which otherwise warns about its own transport
+        extra_arguments=["--log-level=CRITICAL"],  # else the kernel reports its transport and its own shutdown
         **hooks,
     )
 

@@ -8,9 +8,9 @@ DDIM without guidance takes a latent from level t to level p < t by
 Inversion solves that for x, level by level, by fixed-point iterations from e = eps(y, t); one iteration is plain DDIM
 inversion. The noise that is found is drawn with the empty prompt.
 
-White-box, needs a picture of the concept, and no text at all. Read the control beside it: a model that never knew the
-concept can carry a picture through just as well, so a success says that the *picture* passes, not that the concept is
-remembered. TINA's text and code could not be read; this is a RECONSTRUCTION from its README and the DDIM equations.
+White-box, needs a picture of the concept, and no text at all. Read the control beside it: a model for which no
+word means anything carries a picture through just as well, so a success says that the *picture* passes, not that the
+erased word is remembered. TINA's text and code could not be read; this is a RECONSTRUCTION from its README and the DDIM equations.
 """
 
 from collections.abc import Sequence

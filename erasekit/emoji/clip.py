@@ -13,14 +13,14 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from erasekit.concepts import token_ids
 from erasekit.emoji import data
-from erasekit.models import no_progress_bars
+from erasekit.models import quietly
 from erasekit.paths import EMOJI_CLIP, EMOJI_MODEL
 
 
 def load_clip() -> CLIPModel:
     """The stock CLIPModel, float32, joined from the pipeline's text tower and data/emoji/clip."""
     clip = CLIPModel(CLIPConfig.from_pretrained(EMOJI_CLIP))
-    with no_progress_bars():
+    with quietly():
         text = CLIPTextModel.from_pretrained(EMOJI_MODEL / "text_encoder")
     weights = {f"text_model.{name}": value for name, value in text.state_dict().items()}
     clip.load_state_dict(weights | load(data.verified(f"{EMOJI_CLIP.name}/vision.safetensors")))
