@@ -90,6 +90,48 @@ def picture(value):
     return Image.new("RGB", (6, 4), (value, 0, 0))
 
 
+MEASURED = pd.DataFrame([
+    {"words": words, "model": model, "rate": rate, "low": rate - 0.02, "high": rate + 0.05}
+    for words, model, rate in (("by name", "UCE", 0.1), ("by synonym", "UCE", 0.2),
+                               ("by name", "RECE", 0.3), ("by synonym", "RECE", 0.4))
+])  # fmt: skip
+
+
+def drawn_rates(ax):
+    """Of each line: what the mark shows, where its interval ends, and its color."""
+    marks = {}
+    for bars in ax.containers:
+        ((rate, line),) = bars[0].get_xydata()
+        (interval,) = bars[2][0].get_segments()
+        marks[int(line)] = rate, *interval[:, 0], matplotlib.colors.to_hex(bars[0].get_color())
+    return marks
+
+
+@pytest.mark.parametrize("by", ["all", "line", "panel"])
+def test_rates_draw_each_rate_on_its_line_in_its_panel_in_the_methods_color(by):
+    lines = {"by name": "mace", "by synonym": "trce"}
+    panels = {"UCE": "uce", "RECE": "rece"}
+    fig = figures.rates(MEASURED, "words", "model", method={"all": "esd", "line": lines, "panel": panels}[by])
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == list(lines)
+    for ax, panel in zip(fig.axes, panels, strict=True):
+        assert ax.get_title() == panel and ax.get_xlim() == (-0.04, 1.04)
+        marks = drawn_rates(ax)
+        for i, row in enumerate(MEASURED[MEASURED["model"] == panel].to_dict("records")):
+            key = {"all": "esd", "line": lines[row["words"]], "panel": panels[panel]}[by]
+            *numbers, color = marks[i]
+            assert numbers == pytest.approx([row["rate"], row["low"], row["high"]])
+            assert color == figures.METHOD_COLORS[key]
+
+
+def test_rates_show_no_more_of_the_axes_than_needed_when_asked():
+    fig = figures.rates(MEASURED, "words", "model", whole=False)
+    for ax, panel in zip(fig.axes, ("UCE", "RECE"), strict=True):
+        part = MEASURED[MEASURED["model"] == panel]
+        left, right = ax.get_xlim()
+        assert left < part["low"].min() and part["high"].max() < right and right - left < 0.25
+    assert fig.axes[0].get_xlim() != fig.axes[1].get_xlim()
+
+
 def test_image_grid_puts_each_picture_in_its_place():
     fig = figures.image_grid(
         [[picture(10), picture(20)], [picture(30), None]],

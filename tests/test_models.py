@@ -1,6 +1,8 @@
 """Loading, generating and encoding on tiny pipelines of the real classes."""
 
 import itertools
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import torch
 from conftest import LENGTH, WIDTH, tiny_pipeline
 from diffusers import EulerAncestralDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 import erasekit as ek
 from erasekit import concepts, models
@@ -375,3 +379,28 @@ def test_a_copy_reads_and_writes_text_as_the_model_does(model):
     for other in (model.copy(), ek.uce.fit(model, "church", ["house"]).merged(model)):
         assert other.tokenizer.decode(ids) == model.tokenizer.decode(ids)
         assert other.unet is not model.unet and other.text_encoder is not model.text_encoder
+
+
+# ---- quietly ------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_loads_without_a_word():
+    """Neither bars nor the notice that torchvision is missing, in a process of its own: notices come once."""
+    load = "import erasekit; erasekit.load('emoji')"
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_quietly_puts_back_what_it_silenced(bars):
+    loggers = diffusers_logging, transformers_logging
+    state = lambda: [
+        transformers_logging.get_verbosity(),
+        *(log.is_progress_bar_enabled() for log in loggers),
+    ]
+    before = state()
+    with pytest.raises(RuntimeError, match="in between"):
+        with models.quietly(bars=bars):
+            assert state() == [transformers_logging.ERROR, *(now and bars for now in before[1:])]
+            raise RuntimeError("in between")
+    assert state() == before

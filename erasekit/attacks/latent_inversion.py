@@ -10,7 +10,8 @@ inversion. The noise that is found is drawn with the empty prompt.
 
 White-box, needs a picture of the concept, and no text at all. Read the control beside it: a model for which no
 word means anything carries a picture through just as well, so a success says that the *picture* passes, not that the
-erased word is remembered. TINA's text and code could not be read; this is a RECONSTRUCTION from its README and the DDIM equations.
+erased word is remembered. TINA's text and code could not be read; this is a RECONSTRUCTION from its README and the DDIM
+equations.
 """
 
 from collections.abc import Sequence

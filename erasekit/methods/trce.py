@@ -16,8 +16,8 @@ The difference of the two norms is linear in eps(z): with D = f(c^s) - f(c^m) = 
 -2 mean(eps(z) D) + k, and D and k do not depend on what is trained. They are computed once.
 
 Notation (code -> paper): malicious, safe -> e^m, e^s; preserved -> e^k; eta -> eta; beta -> beta; margin -> delta;
-weight -> lambda. The paper's text could not be read beyond its beginning: objectives are from its authors' pages, numbers
-from their code [code], which has no licence; nothing of it was copied.
+weight -> lambda. The paper's text could not be read beyond its beginning: objectives are from its authors' pages,
+numbers from their code [code], which has no licence; nothing of it was copied.
 """
 
 import csv
