@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -450,18 +451,19 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
 
 @contextmanager
 def quietly(*, bars: bool = False) -> Iterator[None]:
-    """Load or save a model without progress bars, which a model on disk does not need, and without the notice that
-    torchvision is missing, which no picture depends on.
+    """Load or save a model without the notice that torchvision is missing, which no picture depends on, and without
+    progress bars, which a model on disk does not need. What is said of the weights is kept. bars: keep them.
     """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    notices = logging.getLogger("transformers.utils.import_utils")
+    level = notices.level
+    notices.setLevel(logging.ERROR)
     loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     for log in loggers if not bars else ():
         log.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
+        notices.setLevel(level)
         for log in loggers:
             log.enable_progress_bar()
 

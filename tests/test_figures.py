@@ -132,6 +132,15 @@ def test_rates_show_no_more_of_the_axes_than_needed_when_asked():
     assert fig.axes[0].get_xlim() != fig.axes[1].get_xlim()
 
 
+def test_rates_have_titles_a_dotted_baseline_in_each_panel_and_a_line_beneath():
+    base = {"UCE": 0.5, "RECE": 0.7}
+    fig = figures.rates(MEASURED, "words", "model", titles={"UCE": "first"}, baseline=base, about="counted")
+    assert [ax.get_title() for ax in fig.axes] == ["first", "RECE"] and fig.get_supxlabel() == "counted"
+    for ax, at in zip(fig.axes, base.values(), strict=True):
+        (dotted,) = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
+        assert set(dotted.get_xdata()) == {at}
+
+
 def test_image_grid_puts_each_picture_in_its_place():
     fig = figures.image_grid(
         [[picture(10), picture(20)], [picture(30), None]],

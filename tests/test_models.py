@@ -1,6 +1,7 @@
 """Loading, generating and encoding on tiny pipelines of the real classes."""
 
 import itertools
+import logging
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ import torch
 from conftest import LENGTH, WIDTH, tiny_pipeline
 from diffusers import EulerAncestralDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 import erasekit as ek
@@ -401,6 +403,22 @@ def test_quietly_puts_back_what_it_silenced(bars):
     before = state()
     with pytest.raises(RuntimeError, match="in between"):
         with models.quietly(bars=bars):
-            assert state() == [transformers_logging.ERROR, *(now and bars for now in before[1:])]
+            assert state() == [logging.ERROR, *(now and bars for now in before[1:])]
             raise RuntimeError("in between")
     assert state() == before
+
+
+def test_weights_that_are_missing_are_still_told(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    weights.popitem()
+    save_file(weights, file, {"format": "pt"})
+    told, handler = [], logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    transformers_logging.add_handler(handler)
+    try:
+        models.load(tmp_path)
+    finally:
+        transformers_logging.remove_handler(handler)
+    assert any("MISSING" in one for one in told)
