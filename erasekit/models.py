@@ -457,14 +457,15 @@ def quietly(*, bars: bool = False) -> Iterator[None]:
     notices = logging.getLogger("transformers.utils.import_utils")
     level = notices.level
     notices.setLevel(logging.ERROR)
-    loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in loggers if not bars else ():
+    silenced = () if bars else (diffusers_logging, transformers_logging)
+    silenced = [log for log in silenced if log.is_progress_bar_enabled()]
+    for log in silenced:
         log.disable_progress_bar()
     try:
         yield
     finally:
         notices.setLevel(level)
-        for log in loggers:
+        for log in silenced:
             log.enable_progress_bar()
 
 

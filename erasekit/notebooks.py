@@ -130,9 +130,7 @@ def run(path: Path, out: Path, /, *, on_cell: Callable[[int, int], None] | None 
         kernel_name="python3",
         progress_bar=False,
         execution_timeout=CELL_TIMEOUT,
-        extra_arguments=[
-            "--log-level=CRITICAL"
-        ],  # else the kernel reports its transport and its own shutdown
+        extra_arguments=["--log-level=CRITICAL"],  # else kernels report their transport and shutdown
         **hooks,
     )
 
