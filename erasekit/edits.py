@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import erasekit
 from erasekit import models
 from erasekit.closed_form import ContextMap
-from erasekit.layers import cross_attention_kv
+from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
 from erasekit.models import DiffusionModel
 from erasekit.paths import replacing
 
@@ -129,32 +129,32 @@ class Edit:
     @contextmanager
     def applied(self, model: DiffusionModel, scale: float = 1.0) -> Iterator[DiffusionModel]:
         """Apply inside a `with` block; on exit the very same original tensors are back, also after an
-        exception.
+        exception. Every weight is read back after it was written.
 
         scale: strength, 1 as fitted, 0 nothing. Blocks may be nested: the inner edit acts on the weights that
         the outer one left. ValueError, with nothing changed, when the model is not the one the edit was made
-        for.
+        for, or where its weights are not those it computes with (`DiffusionModel.check_editable`); at the end
+        of the block, with the weights put back, when projections were fused inside it.
         """
         self._check_base(model)
         new = self._edited(model, scale)
         old = [(parameter, parameter.data) for parameter, _ in new]
         model._active.append((self, scale))
         try:
-            for parameter, value in new:
-                parameter.data = value
+            _write_values(new)
             yield model
         finally:
             # .to() is the tensor itself unless the model was moved inside the block
             for parameter, value in old:
                 parameter.data = value.to(parameter.device, parameter.dtype)
             model._active.pop()
+        check_unfused(model.unet)  # what was fused inside the block keeps the edit
 
     def merged(self, model: DiffusionModel, scale: float = 1.0) -> DiffusionModel:
         """A new model with the edit folded into its weights; `model` is left alone."""
         self._check_base(model)
         merged = model.copy()
-        for parameter, value in self._edited(merged, scale):
-            parameter.data = value
+        _write_values(self._edited(merged, scale))
         return merged
 
     def compose(self, other: "Edit") -> "Edit":
@@ -236,9 +236,8 @@ class Edit:
             for name, layer in cross_attention_kv(model.unet).items():
                 factors[f"unet.{name}"] = (layer.weight.double() @ t.left.to(layer.weight.device), t.right.T)
         for name, delta in self._deltas.items():
-            owner = model.pipeline.components[name.split(".")[0]].get_submodule(
-                ".".join(name.split(".")[1:-1])
-            )
+            part, *path, _ = name.split(".")
+            owner = uncompiled(model.pipeline.components[part]).get_submodule(".".join(path))
             if not name.startswith("unet.") or type(owner) is not nn.Linear or not name.endswith(".weight"):
                 raise ValueError(f"{name} cannot become a LoRA: only weights of UNet Linear layers can")
             if name in factors:
@@ -303,6 +302,7 @@ class Edit:
         return model
 
     def _check_base(self, model: DiffusionModel) -> None:
+        model.check_editable()
         if self.kind == "text_encoder":
             if (found := model.text_fingerprint()) != self.metadata["text_base"]:
                 raise ValueError(
@@ -336,10 +336,21 @@ class Edit:
         return [(parameters[name], value) for name, value in new.items()]
 
 
+def _write_values(new: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Give each parameter its value and read it back: some tensor classes take an assignment and keep what they had."""
+    for parameter, value in new:
+        parameter.data = value
+        if not torch.equal(parameter.data, value):
+            raise ValueError(
+                f"a weight of shape {tuple(parameter.shape)} ({type(parameter).__name__}, {parameter.dtype}) did not "
+                "take its new value: load the model unquantized, edit it, then quantize"
+            )
+
+
 def _parameter(model: DiffusionModel, name: str) -> nn.Parameter:
     part, _, rest = name.partition(".")
     try:
-        return model.pipeline.components[part].get_parameter(rest)
+        return uncompiled(model.pipeline.components[part]).get_parameter(rest)
     except (KeyError, AttributeError) as error:
         raise ValueError(
             f"the model has no parameter {name!r}; expected a name like unet.conv_in.weight"

@@ -8,8 +8,36 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` wraps, whose parameters it shares, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def check_unfused(unet: nn.Module) -> None:
+    """ValueError while projections are fused: the UNet then computes with copies of the weights that edits change."""
+    for name, module in unet.named_modules():
+        # not module.fused_projections: unfusing leaves that True (diffusers 0.42)
+        if isinstance(getattr(module, "processor", None), FusedAttnProcessor2_0):
+            raise ValueError(
+                f"the projections of {name} are fused, and an edit would change weights that are not in use: "
+                "call unet.unfuse_qkv_projections() first"
+            )
+
+
+def check_editable(unet: nn.Module) -> None:
+    """ValueError, with what to do, while projections are fused or an adapter is loaded."""
+    check_unfused(unet)
+    for name, module in unet.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"a LoRA or another adapter is loaded in {name}: to drop it call pipeline.unload_lora_weights(), to "
+                "keep it pipeline.fuse_lora() before that; then load the model again with ek.load(pipeline)"
+            )
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Attention]:

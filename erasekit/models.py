@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from erasekit.concepts import Concept, as_concepts, token_ids
-from erasekit.layers import text_projected_once
+from erasekit.layers import check_editable, text_projected_once, uncompiled
 from erasekit.paths import EMOJI_MODEL, write_atomically
 from erasekit.sampling import denoise
 
@@ -55,11 +55,12 @@ class DiffusionModel:
 
     @property
     def unet(self):
-        return self.pipeline.unet
+        """The UNet; of a compiled one the module that was compiled."""
+        return uncompiled(self.pipeline.unet)
 
     @property
     def text_encoder(self):
-        return self.pipeline.text_encoder
+        return uncompiled(self.pipeline.text_encoder)
 
     @property
     def tokenizer(self):
@@ -293,12 +294,16 @@ class DiffusionModel:
     def _digest(self, *parts: str) -> str:
         digest = hashlib.sha256()
         for part in parts:
-            module = getattr(self.pipeline, part, None)
+            module = uncompiled(getattr(self.pipeline, part, None))
             for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
                 if tensor.is_floating_point():
                     digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
                     digest.update(tensor.detach().half().cpu().contiguous().numpy())
         return digest.hexdigest()
+
+    def check_editable(self) -> None:
+        """ValueError, with what to do, where an edit would change nothing: projections fused, or an adapter loaded."""
+        check_editable(self.unet)
 
     def copy(self) -> "DiffusionModel":
         """An independent model with the same weights. ValueError while an edit is in force."""
@@ -415,7 +420,8 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
     if local and not (folder / "model_index.json").is_file():
         if source == "emoji":
             raise FileNotFoundError(
-                f"the emoji model is not in {folder}: restore it with `git checkout -- data/emoji/model`"
+                f"the emoji model is not in {folder}: restore it with `git checkout -- data/emoji/model`; an "
+                "installed erasekit finds it where ERASEKIT_WORLD names the folder data/emoji of a checkout"
             )
         raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
     for file in sorted(folder.rglob("*.safetensors")) if local else ():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
-EMOJI = DATA / "emoji"
+EMOJI = Path(os.environ.get("ERASEKIT_WORLD", DATA / "emoji"))  # no package holds it: a checkout does
 EMOJI_MODEL = EMOJI / "model"
 EMOJI_CLIP = EMOJI / "clip"
 EMOJI_JUDGE = EMOJI / "judge.safetensors"

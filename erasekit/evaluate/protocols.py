@@ -132,7 +132,7 @@ class Protocol:
 # Emoji world
 
 OBJECT = "a {} in {} style"
-CIFAR = tuple(c.name for c in data.concepts() if c.cifar)
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def _known(erased: Sequence[str] | str, among: Sequence[str], what: str) -> tuple[str, ...]:

@@ -312,6 +312,7 @@ def fit(
     y leads away from the concept and to nothing. callback: at every iteration step, loss, erase (ESD's loss on the
     attacked prompt), retain, and attack, the attacker's loss on the same state. The rest as in `esd.fit`.
     """
+    model.check_editable()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = esd.named(model, erase, preserve, anchor)
     generator = torch.Generator().manual_seed(0) if generator is None else generator

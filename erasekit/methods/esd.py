@@ -444,6 +444,7 @@ def fit(
     of the checkpoints, from which an interrupted call with the same arguments goes on. Raises ValueError for unknown
     concepts and nothing to erase, FloatingPointError for a loss that is not finite (the last good state stays).
     """
+    model.check_editable()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = named(model, erase, preserve, anchor)
     generator = torch.Generator().manual_seed(0) if generator is None else generator

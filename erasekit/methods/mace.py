@@ -363,6 +363,7 @@ def fit(
     pictures of a concept and its name, for masks instead of the attention's. callback: after stage 1 (step -1) rank,
     erase_residual and preserve_drift; in stage 2 step, loss and concept. generator, folder and errors as in `esd.fit`.
     """
+    model.check_editable()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = esd.named(model, erase, preserve, anchor)
     if config.lora:

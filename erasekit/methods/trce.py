@@ -342,6 +342,7 @@ def fit(
     and of the preserved ones; in stage 2 at every iteration step, loss, erase, keep, and active, the share of rows with
     a gradient. generator, folder and errors as in `esd.fit`.
     """
+    model.check_editable()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = esd.named(model, erase, preserve, anchor)
     if config.stages != "text":
