@@ -267,6 +267,7 @@ class Edit:
         edited = self.merged(self._base(model))
         with models.quietly():
             edited.text_encoder.save_pretrained(folder, safe_serialization=True)
+        models.write_old_names(folder)
         return Path(folder)
 
     def to_projections(self, path: str | Path, *, model: DiffusionModel | None = None) -> Path:

@@ -18,13 +18,16 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.layers import check_editable, text_projected_once, uncompiled
-from erasekit.paths import EMOJI_MODEL, write_atomically
+from erasekit.paths import EMOJI_MODEL, replacing, write_atomically
 from erasekit.sampling import denoise
 
 # How a style of the emoji world stands in a prompt
@@ -316,6 +319,7 @@ class DiffusionModel:
         with quietly():
             self.pipeline.save_pretrained(folder, safe_serialization=True)
         drop_origin(folder)
+        write_old_names(folder)
         (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
 
     def _pairs(self, prompts, seeds) -> tuple[list[str], list[int]]:
@@ -347,6 +351,26 @@ def copied(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         if getattr(pipeline, name, None) is not None:
             setattr(result, name, getattr(pipeline, name))
     return result
+
+
+def write_old_names(folder: str | Path) -> None:
+    """Make CLIP text encoders and tokenizers below a folder readable by transformers before 5 as well.
+
+    Since 5.6 the weights of a `CLIPTextModel` are written without the prefix `text_model.`; 4.44 to 4.57 find none of
+    them then, and draw all at random with no more than a warning. Both read the prefixed names. The older tokenizers
+    want vocab.json and merges.txt beside tokenizer.json.
+    """
+    for config in Path(folder).rglob("config.json"):
+        weights = config.parent / "model.safetensors"
+        if json.loads(config.read_text()).get("architectures") == ["CLIPTextModel"] and weights.is_file():
+            prefixed = lambda name: name if name.startswith("text_model.") else f"text_model.{name}"
+            tensors = {prefixed(name): tensor for name, tensor in load_file(weights).items()}
+            with replacing(weights) as temporary:
+                save_file(tensors, temporary, {"format": "pt"})
+    for file in Path(folder).rglob("tokenizer.json"):
+        model = Tokenizer.from_file(str(file)).model
+        if isinstance(model, BPE):
+            model.save(str(file.parent))
 
 
 def drop_origin(folder: str | Path) -> None:

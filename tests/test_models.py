@@ -1,6 +1,7 @@
 """Loading, generating and encoding on tiny pipelines of the real classes."""
 
 import itertools
+import json
 import logging
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import LENGTH, WIDTH, tiny_pipeline
 from diffusers import EulerAncestralDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 import erasekit as ek
@@ -420,3 +422,20 @@ def test_weights_that_are_missing_are_still_told(tmp_path):
     finally:
         transformers_logging.remove_handler(handler)
     assert any("MISSING" in one for one in told)
+
+
+def test_a_saved_model_has_the_names_that_old_and_new_transformers_read(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    own = model.text_encoder.state_dict()
+    assert written.keys() == {f"text_model.{name}" for name in own}
+    assert all(torch.equal(written[f"text_model.{name}"], tensor) for name, tensor in own.items())
+    again = ek.load(tmp_path)
+    assert again.fingerprint() == model.fingerprint()
+    assert torch.equal(again.encode("a church"), model.encode("a church"))
+    vocabulary = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text())
+    assert vocabulary == {k: v for k, v in model.tokenizer.get_vocab().items() if k in vocabulary}
+    merges = (tmp_path / "tokenizer" / "merges.txt").read_text().splitlines()
+    old = CLIPTokenizer(vocab=vocabulary, merges=[tuple(line.split()) for line in merges[1:]])
+    for text in ("a church in flat style", "a guitar"):
+        assert old(text).input_ids == model.tokenizer(text).input_ids
