@@ -434,7 +434,7 @@ def test_a_saved_model_has_the_names_that_old_and_new_transformers_read(model, t
     assert again.fingerprint() == model.fingerprint()
     assert torch.equal(again.encode("a church"), model.encode("a church"))
     vocabulary = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text())
-    assert vocabulary == {k: v for k, v in model.tokenizer.get_vocab().items() if k in vocabulary}
+    assert vocabulary == model.tokenizer.get_vocab()
     merges = (tmp_path / "tokenizer" / "merges.txt").read_text().splitlines()
     old = CLIPTokenizer(vocab=vocabulary, merges=[tuple(line.split()) for line in merges[1:]])
     for text in ("a church in flat style", "a guitar"):
