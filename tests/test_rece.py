@@ -137,7 +137,7 @@ def literal_rece(model, erase, preserve, anchor, config):
     """Algorithm of the method sheet, section 2, on the weights themselves: every layer by itself, no shared matrix."""
     old = {name: layer.weight.detach().double() for name, layer in cross_attention_kv(model.unet).items()}
     kept = torch.cat([block(model, phrase) for phrase in [*preserve, ""]])
-    if config.faithful:
+    if config.pairs == "positions":
         loop = [(block(model, phrase), block(model, anchor)) for phrase in erase]
     else:
         loop = [aligned(model, phrase, anchor) for phrase in erase]
@@ -161,10 +161,10 @@ def literal_rece(model, erase, preserve, anchor, config):
     return new
 
 
-@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize("pairs", ["positions", "start"])
 @pytest.mark.parametrize("erase", [["church"], ["church", "dog", "castle", "image", "garbage"]])
-def test_agrees_with_the_literal_algorithm(shared_model, erase, faithful):
-    config = dataclasses.replace(CONFIG, faithful=faithful)
+def test_agrees_with_the_literal_algorithm(shared_model, erase, pairs):
+    config = dataclasses.replace(CONFIG, pairs=pairs)
     expected = literal_rece(shared_model, erase, ["house"], "art", config)
     states = []
     edit = ek.rece.fit(shared_model, erase, ["house"], anchor="art", config=config, callback=states.append)
@@ -177,16 +177,17 @@ def test_agrees_with_the_literal_algorithm(shared_model, erase, faithful):
         assert relative(start.apply_to_weight(w), expected[name]) > 1e-2  # control: the rounds matter
 
 
-def test_faithful_pairs_otherwise(shared_model):
+def test_every_preset_pairs_as_the_authors(shared_model):
     """With a blank anchor the code sends the subject to the end token in its rounds, and UCE to the start token."""
-    states = {False: [], True: []}
-    for faithful, seen in states.items():
-        config = dataclasses.replace(CONFIG, faithful=faithful)
+    assert {config.pairs for config in ek.rece.PRESETS.values()} == {ek.rece.Config().pairs} == {"positions"}
+    states = {"positions": [], "start": []}
+    for pairs, seen in states.items():
+        config = dataclasses.replace(CONFIG, pairs=pairs)
         ek.rece.fit(shared_model, "church", config=config, callback=seen.append)
-    assert len(states[True][1]["sources"]) == LENGTH and len(states[False][1]["sources"]) == LENGTH - 1
-    assert torch.equal(states[True][1]["sources"][1:], states[False][1]["sources"])
-    difference = states[True][1]["context_map"].matrix() - states[False][1]["context_map"].matrix()
-    assert difference.norm() > 1e-2
+    ours, theirs = states["start"][1], states["positions"][1]
+    assert len(theirs["sources"]) == LENGTH and len(ours["sources"]) == LENGTH - 1
+    assert torch.equal(theirs["sources"][1:], ours["sources"])
+    assert (theirs["context_map"].matrix() - ours["context_map"].matrix()).norm() > 1e-2
 
 
 def test_no_rounds_is_uce(shared_model):

@@ -46,6 +46,7 @@ from erasekit.methods import uce
 from erasekit.models import DiffusionModel
 
 Regularizer = Literal["zero", "anchor", "source", "surrogate", "both"]
+Pairs = Literal["positions", "start"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class Config:
 
     start: the UCE edit that the rounds begin with, and which rows of a prompt are erased. regularizer: what lam pulls
     c' to. "zero": ||c'||^2, the one the paper reports; and from the code alone, "anchor": ||c' - c*||^2, "source":
-    ||c' - c||^2, "surrogate": sum_i ||W_i^new (c' - c)||^2, "both": the last two. faithful: in the rounds, pair the
-    rows of concept and anchor prompt by position, all of them, whatever rows the start pairs [code]; the subject is
-    then sent to the end token of a blank anchor, where UCE had sent it to the start token. By default the rounds
-    keep the pairs of the start.
+    ||c' - c||^2, "surrogate": sum_i ||W_i^new (c' - c)||^2, "both": the last two. pairs: which rows of concept and
+    anchor prompt the rounds pair. "positions": row by row, all of them, in "{}", whatever rows the start pairs [code];
+    a blank anchor's end token is then the target of the subject, which UCE had sent to the start token. "start": the
+    pairs of the start, ours.
     """
 
     start: uce.Config = uce.Config()
@@ -67,7 +68,7 @@ class Config:
     lambda_2: float = 0.1
     erase_scale: float = 1.0
     regularizer: Regularizer = "zero"
-    faithful: bool = False
+    pairs: Pairs = "positions"
 
     def __post_init__(self):
         for name in ("lam", "lambda_1", "lambda_2", "erase_scale"):
@@ -76,14 +77,13 @@ class Config:
                 raise ValueError(f"{name} must be zero or positive, got {value}")
         if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 0:
             raise ValueError(f"epochs must be a whole number, zero or more, got {self.epochs!r}")
-        if self.regularizer not in get_args(Regularizer):
-            raise ValueError(
-                f"regularizer must be one of {', '.join(get_args(Regularizer))}, got {self.regularizer!r}"
-            )
+        for name, known in (("regularizer", get_args(Regularizer)), ("pairs", get_args(Pairs))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 PRESETS = {
-    # ours, for the captions of the emoji world
+    # start: ours, for the captions of the emoji world; the rest as the authors have it for nudity
     "emoji": Config(start=uce.PRESETS["emoji"], epochs=3, lam=0.1),
     # lambda and epochs of the authors' README; start: defaults of their UCE script
     "sd14-nudity": Config(start=uce.PRESETS["sd14-nudity"], epochs=3, lam=0.1),
@@ -179,7 +179,7 @@ def fit(
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     given = uce.rows(model, erase, preserve, anchor, config.start)
     paired = given
-    if config.faithful:
+    if config.pairs == "positions":
         whole = replace(config.start, tokens="all", templates=("{}",))
         paired = uce.rows(model, erase, preserve, anchor, whole)
     kept = None if given.preserved is None else closed_form.condensed(given.preserved)
