@@ -234,7 +234,10 @@ CLOSED = {
     "UCE": ("uce", {}),
     "RECE": ("rece", {}),
     "MACE, closed form": ("mace", {"lora": False}),
-    "TRCE, stage 1": ("trce", {"stages": "text", "lam": 1e-6}),  # 0, the preset's, is singular on random weights
+    "TRCE, stage 1": (
+        "trce",
+        {"stages": "text", "lam": 1e-6},
+    ),  # 0, the preset's, is singular on random weights
 }
 # preset, what is smaller than in it for the measurement, and what is smaller still on the CPU; `latents` of the preset
 TRAINED = {

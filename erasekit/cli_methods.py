@@ -103,7 +103,9 @@ def _fitted(module, given: dict, concepts, preserve, anchor, model: str, preset:
 
 Concepts = Annotated[list[str], Parameter(help="What to erase.", negative_iterable=())]
 Preserve = Annotated[list[str], Parameter(help="What to keep; repeat for more.", negative_iterable=())]
-Anchor = Annotated[str | None, Parameter(help="What to draw instead; the method's own default if absent.")]
+Anchor = Annotated[
+    str | None, Parameter(help="What to draw instead (ESD: what to erase it from); the method's default.")
+]
 Preset = Annotated[str | None, Parameter(help="Settings to start from; those of the model if absent.")]
 
 

@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 
@@ -12,8 +13,8 @@ from torch import Tensor
 class Concept:
     """Something to erase, keep or replace.
 
-    name: the phrase that stands for it in a prompt. templates: prompts with one `{}` for the phrase; empty
-    means the method's own. synonyms: other phrases for it. anchor: what to draw instead; None means the
+    name: the phrase that stands for it in a prompt; white space around and between its words does not count.
+    templates: prompts with one `{}` for the phrase; empty means the method's own. synonyms: other phrases for it. anchor: what to draw instead; None means the
     method's own.
     """
 
@@ -25,6 +26,7 @@ class Concept:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"a concept needs a name, got {self.name!r}")
+        object.__setattr__(self, "name", " ".join(self.name.split()))
         check_templates(self.templates)
 
 
@@ -41,24 +43,24 @@ def as_concepts(
     given: str | Concept | Sequence[str | Concept],
     vocabulary: Mapping[str, tuple[Concept, ...]] | None = None,
 ) -> tuple[Concept, ...]:
-    """A text, a Concept, or a sequence of them, as a tuple of Concepts without repeats.
+    """A text, a Concept, or a sequence of them, as a tuple of Concepts without repeats ("Dog" repeats "dog").
 
     With a vocabulary ({lower-case phrase: concepts}), a text must be one of its phrases and may stand for
     several concepts; a free phrase is passed as an explicit `Concept(...)`. Raises ValueError for an unknown
     phrase.
     """
     items = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
-    found: dict[Concept, None] = {}
+    found: dict[Concept, Concept] = {}
     for item in items:
         if isinstance(item, Concept):
-            found[item] = None
+            named = (item,)
         elif not isinstance(item, str):
             raise ValueError(f"expected text or a Concept, got {type(item).__name__}")
-        elif vocabulary is None:
-            found[Concept(item)] = None
         else:
-            found.update(dict.fromkeys(_look_up(item, vocabulary)))
-    return tuple(found)
+            named = (Concept(item),) if vocabulary is None else _look_up(item, vocabulary)
+        for one in named:
+            found.setdefault(replace(one, name=one.name.lower()), one)
+    return tuple(found.values())
 
 
 def _look_up(phrase: str, vocabulary: Mapping[str, tuple[Concept, ...]]) -> tuple[Concept, ...]:
@@ -73,9 +75,15 @@ def _look_up(phrase: str, vocabulary: Mapping[str, tuple[Concept, ...]]) -> tupl
     return vocabulary[key]
 
 
+def _written_out(tokenizer, text: str) -> str:
+    """`text` as a pipeline converts it: the token of a textual inversion of several vectors as all of its tokens."""
+    several = any(f"{token}_1" in tokenizer.added_tokens_encoder for token in tokenizer.added_tokens_encoder)
+    return TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer) if several else text
+
+
 def content_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of `text` without start and end tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    """Token ids of `text` without start and end tokens; a textual inversion of several vectors counts them all."""
+    return tokenizer(_written_out(tokenizer, text), add_special_tokens=False, verbose=False).input_ids
 
 
 def token_ids(tokenizer, prompts: Sequence[str]) -> Tensor:
@@ -95,7 +103,8 @@ def token_ids(tokenizer, prompts: Sequence[str]) -> Tensor:
             )
         if tokenizer.eos_token_id in content:
             raise ValueError(f"{prompt!r} has characters that the tokenizer does not know")
-    padded = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
+    written = [_written_out(tokenizer, prompt) for prompt in prompts]
+    padded = tokenizer(written, padding="max_length", max_length=limit, return_tensors="pt")
     return padded.input_ids
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import diffusers
 import torch
@@ -22,7 +22,7 @@ from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
 from erasekit.models import DiffusionModel
 from erasekit.paths import replacing
 
-Kind = Literal["context_map", "weight_delta", "lora", "text_encoder"]
+Kind = Literal["context_map", "weight_delta", "text_encoder"]
 FORMAT = 1
 
 
@@ -46,10 +46,8 @@ class Edit:
     metadata: dict
 
     def __post_init__(self):
-        if self.kind not in ("context_map", "weight_delta", "text_encoder"):
-            raise ValueError(
-                f"unknown kind of edit {self.kind!r}: expected context_map, weight_delta or text_encoder"
-            )
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"unknown kind of edit {self.kind!r}: expected {', '.join(get_args(Kind))}")
         if self.kind == "text_encoder" and (
             other := [n for n in self.tensors if not n.startswith("text_encoder.")]
         ):
@@ -221,41 +219,56 @@ class Edit:
             raise ValueError(f"{path} is damaged: its tensors are not the ones that were saved")
         return edit
 
-    def to_lora(self, folder: str | Path, *, model: DiffusionModel | None = None) -> Path:
+    def to_lora(
+        self, folder: str | Path, *, model: DiffusionModel | None = None, error: float = 1e-7
+    ) -> Path:
         """Write `pytorch_lora_weights.safetensors`, which stock `pipeline.load_lora_weights(folder)` reads.
 
-        A context map is a LoRA exactly: W T - W = (W left) right^T. A delta is factored at its numerical
-        rank. Needs the base weights: `model`, or a model in memory with the same fingerprint, or the edit's
-        source, loaded again. Raises ValueError when none is at hand, or for a delta of something other than a
-        UNet Linear.
+        A context map is a LoRA exactly: W T - W = (W left) right^T. A delta is factored: of each layer's change a share
+        of at most `error` (Frobenius norm) is left out, by default what single precision does not hold. Changed biases
+        go along as `lora_B.bias`, which diffusers reads since 0.33. Needs the base weights: `model`, or a model in
+        memory with the same fingerprint, or the edit's source, loaded again. Raises ValueError when none is at hand,
+        for a delta of something other than a UNet Linear, and for a layer that both stages change.
         """
+        if not 0 <= error < 1:
+            raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")
         model = self._base(model)
-        factors = {}
+        factors, biases = {}, {}
         if "left" in self.tensors:
             t = self.context_map
             for name, layer in cross_attention_kv(model.unet).items():
-                factors[f"unet.{name}"] = (layer.weight.double() @ t.left.to(layer.weight.device), t.right.T)
+                left, right = layer.weight.double() @ t.left.to(layer.weight.device), t.right.T
+                factors[f"unet.{name.removesuffix('.weight')}"] = left, right
         for name, delta in self._deltas.items():
-            part, *path, _ = name.split(".")
+            stem, _, kind = name.rpartition(".")
+            part, *path = stem.split(".")
             owner = uncompiled(model.pipeline.components[part]).get_submodule(".".join(path))
-            if not name.startswith("unet.") or type(owner) is not nn.Linear or not name.endswith(".weight"):
-                raise ValueError(f"{name} cannot become a LoRA: only weights of UNet Linear layers can")
-            if name in factors:
-                raise ValueError(f"{name} is changed by both stages: it does not become one LoRA")
-            u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
-            keep = s > 1e-7 * s[0]
-            factors[name] = (u[:, keep] * s[keep], vh[keep])
+            if part != "unet" or type(owner) is not nn.Linear:
+                raise ValueError(
+                    f"{name} cannot become a LoRA: only weights of UNet Linear layers can. Use `merged` and save the "
+                    "model, or train parameters that can (ESD: parameters='x-strict' or 'x')"
+                )
+            if kind == "bias":
+                biases[stem] = delta
+                continue
+            if stem in factors:  # by the first stage
+                b, a = factors[stem]
+                delta = delta.to(b) + b @ a
+            factors[stem] = _factored(delta, error)
         # One rank for all layers (zero-padded), so that alpha = rank and the loader's scale is 1 everywhere.
         rank = max([1, *(a.shape[0] for _, a in factors.values())])
         tensors = {}
-        for name, (b, a) in factors.items():
-            stem, pad = name.removesuffix(".weight"), rank - a.shape[0]
-            tensors[f"{stem}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, pad)).float().cpu().contiguous()
-            tensors[f"{stem}.lora_B.weight"] = (
-                nn.functional.pad(b, (0, pad)).detach().float().cpu().contiguous()
-            )
+        for stem in {**factors, **biases}:
+            owner = model.unet.get_submodule(stem.removeprefix("unet."))
+            none = (torch.zeros(owner.out_features, 0), torch.zeros(0, owner.in_features))
+            b, a = factors.get(stem, none)
+            pad = rank - a.shape[0]
+            tensors[f"{stem}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, pad))
+            tensors[f"{stem}.lora_B.weight"] = nn.functional.pad(b, (0, pad))
+            if biases:  # all layers or none have one in PEFT
+                tensors[f"{stem}.lora_B.bias"] = biases.get(stem, torch.zeros(owner.out_features))
         path = Path(folder) / "pytorch_lora_weights.safetensors"
-        _write(path, tensors, {"format": "pt"})
+        _write(path, {n: one.detach().float().cpu() for n, one in tensors.items()}, {"format": "pt"})
         return path
 
     def to_text_encoder(self, folder: str | Path, *, model: DiffusionModel | None = None) -> Path:
@@ -311,9 +324,14 @@ class Edit:
                     "it fits only models with that very text encoder"
                 )
         elif (found := model.fingerprint()) != self.metadata["base"]:
+            advice = f"load the right one ({self.metadata.get('source') or 'a pipeline object'}) or fit again"
+            if torch.bfloat16 in (model.unet.dtype, model.text_encoder.dtype) and model.source is None:
+                advice = (
+                    "a pipeline in bfloat16 has lost digits that the fingerprint is of, so read its folder with "
+                    "ek.load(folder, dtype='bfloat16'), or fit again"
+                )
             raise ValueError(
-                f"this edit was made for the model {self.metadata['base']}, not for {found}: "
-                f"load the right one ({self.metadata.get('source') or 'a pipeline object'}) or fit again"
+                f"this edit was made for the model {self.metadata['base']}, not for {found}: {advice}"
             )
 
     def _edited(self, model: DiffusionModel, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
@@ -335,6 +353,14 @@ class Edit:
                     f"the edit makes {name} infinite or NaN in {value.dtype}: use a smaller scale"
                 )
         return [(parameters[name], value) for name, value in new.items()]
+
+
+def _factored(delta: Tensor, error: float) -> tuple[Tensor, Tensor]:
+    """B (d_out, r) and A (r, d) of the smallest r with ||delta - B A|| at most error ||delta||, Frobenius norms."""
+    u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    left_out = s.square().flip(0).cumsum(0).flip(0).sqrt()  # from each singular value on
+    keep = left_out > error * left_out[0]
+    return u[:, keep] * s[keep], vh[keep]
 
 
 def _write_values(new: list[tuple[nn.Parameter, Tensor]]) -> None:

@@ -29,15 +29,78 @@ def check_unfused(unet: nn.Module) -> None:
             )
 
 
-def check_editable(unet: nn.Module) -> None:
-    """ValueError, with what to do, while projections are fused or an adapter is loaded."""
-    check_unfused(unet)
-    for name, module in unet.named_modules():
-        if isinstance(module, BaseTunerLayer):
+def check_editable(part: str, module: nn.Module) -> None:
+    """ValueError, with what to do, where the weights of a part of the pipeline are not plain tensors that it computes
+    with: projections fused, an adapter loaded, weights quantized or offloaded, attention with weights of its own.
+    """
+    check_unfused(module)
+    for name, one in module.named_modules():
+        where = f"{part}.{name}"
+        if isinstance(one, BaseTunerLayer):
             raise ValueError(
-                f"a LoRA or another adapter is loaded in {name}: to drop it call pipeline.unload_lora_weights(), to "
+                f"a LoRA or another adapter is loaded in {where}: to drop it call pipeline.unload_lora_weights(), to "
                 "keep it pipeline.fuse_lora() before that; then load the model again with ek.load(pipeline)"
             )
+        if _quantized(one):
+            raise ValueError(f"{where} is a {type(one).__module__}.{type(one).__name__}: {UNQUANTIZED}")
+        _check_processor(where, one)
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{part}.{name} has no data in memory: load the model without offloading to disk or layer by layer "
+                "(enable_model_cpu_offload, a whole part at a time, works), edit it, and offload what `merged` returns"
+            )
+        if type(parameter) is not nn.Parameter or parameter.dtype not in FLOATS:
+            kind = f"{type(parameter).__name__}, {parameter.dtype}"
+            raise ValueError(f"{part}.{name} is quantized ({kind}): {UNQUANTIZED}")
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+UNQUANTIZED = "load the model in float16, bfloat16 or float32, edit it, and quantize what `merged` returns"
+
+
+def _quantized(module: nn.Module) -> bool:
+    """Linear or convolution of a quantization library; some keep float weights until they are frozen."""
+    package = type(module).__module__
+    if package.startswith("torch.ao.nn"):
+        return True
+    ours = package.split(".")[0] in ("torch", "diffusers", "transformers")
+    return isinstance(module, (nn.Linear, nn.Conv2d)) and not ours
+
+
+def _check_processor(where: str, module: nn.Module) -> None:
+    """ValueError for an attention processor that brings weights, or does without the keys and values."""
+    processor = getattr(module, "processor", None)
+    if not isinstance(module, Attention) or isinstance(processor, _Recorder):
+        return
+    if isinstance(processor, nn.Module) and any(True for _ in processor.parameters()):
+        raise ValueError(
+            f"the attention processor of {where} ({type(processor).__name__}) has weights of its own, as an IP-Adapter "
+            "has: take it out (pipeline.unload_ip_adapter(), unet.set_default_attn_processor()), edit the model, and "
+            "load it into what `merged` returns"
+        )
+    if not type(processor).__module__.startswith("diffusers."):
+        unused = [name for name in ("to_k", "to_v") if not _calls(module, getattr(module, name, None))]
+        if unused:
+            raise ValueError(
+                f"the attention processor of {where} ({type(processor).__name__}) computes without {unused[0]}, so "
+                "that an edit of it would change nothing: call unet.set_default_attn_processor() first"
+            )
+
+
+@torch.no_grad()
+def _calls(attention: Attention, layer: nn.Module | None) -> bool:
+    """Whether a call of the attention comes by the layer."""
+    if layer is None:
+        return True
+    seen = []
+    hook = layer.register_forward_hook(lambda *_: seen.append(True))
+    zeros = lambda width: torch.zeros(1, 4, width, device=layer.weight.device, dtype=layer.weight.dtype)
+    try:
+        attention(zeros(attention.query_dim), encoder_hidden_states=zeros(layer.in_features))
+    finally:
+        hook.remove()
+    return bool(seen)
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Attention]:
@@ -193,18 +256,30 @@ class AttentionMaps:
             self.layers[layer] = mean + (probabilities.float().cpu() - mean) / (seen + 1)
             self.calls[layer] = seen + 1
 
-    def heatmap(self, token: int, size: int = 64) -> Tensor:
-        """Attention paid to one token position, (batch, size, size): every layer resized, then averaged."""
+    def heatmap(self, token: int, size: int | tuple[int, int] = 64) -> Tensor:
+        """Attention paid to one token position, (batch, height, width): every layer resized, then averaged.
+
+        size: height and width, or one number for both; their ratio is that of the pictures, ValueError where it is not.
+        """
         if not self.layers:
             raise ValueError("nothing was recorded: generate inside the record_attention block")
+        height, width = (size, size) if isinstance(size, int) else size
         maps = []
         for probabilities in self.layers.values():
-            side = round(probabilities.shape[1] ** 0.5)
-            if side * side != probabilities.shape[1]:
-                raise ValueError(f"heatmap needs square pictures, got {probabilities.shape[1]} positions")
-            one = probabilities[:, :, token].reshape(-1, 1, side, side)
-            maps.append(F.interpolate(one, (size, size), mode="bilinear", align_corners=False)[:, 0])
+            grid = grid_of(probabilities.shape[1], (height, width))
+            one = probabilities[:, :, token].reshape(-1, 1, *grid)
+            maps.append(F.interpolate(one, (height, width), mode="bilinear", align_corners=False)[:, 0])
         return torch.stack(maps).mean(0)
+
+
+def grid_of(positions: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of that many positions of a picture of this height and width. ValueError where there are none."""
+    rows = round((positions * size[0] / size[1]) ** 0.5)
+    if rows < 1 or positions % rows or rows * size[1] != positions // rows * size[0]:
+        raise ValueError(
+            f"{positions} positions are no grid of ratio {size[0]} : {size[1]}: give the pictures' size"
+        )
+    return rows, positions // rows
 
 
 class _Recorder:

@@ -33,6 +33,7 @@ from erasekit.sampling import denoise
 # How a style of the emoji world stands in a prompt
 STYLE_TEMPLATES = ("in {} style", "an image in {} style.")
 FIXED_BATCH = 4  # see DiffusionModel.fixed_batch
+PARTS = ("text_encoder", "text_encoder_2", "unet")  # what edits may change, and `fingerprint` is of
 NOTE = "erasekit.json"  # beside model_index.json: which world a saved model belongs to
 
 # fingerprint -> a model in memory, so that an edit loaded from a file can find its base
@@ -63,11 +64,14 @@ class DiffusionModel:
 
     @property
     def text_encoder(self):
-        return uncompiled(self.pipeline.text_encoder)
+        """The first text encoder; the second of a pipeline that has that alone, as SDXL's refiner."""
+        first = self.pipeline.text_encoder
+        return uncompiled(self.pipeline.text_encoder_2 if first is None else first)
 
     @property
     def tokenizer(self):
-        return self.pipeline.tokenizer
+        first = self.pipeline.tokenizer
+        return self.pipeline.tokenizer_2 if first is None else first
 
     @property
     def vae(self):
@@ -105,7 +109,32 @@ class DiffusionModel:
 
     @property
     def _small(self) -> bool:
-        return self.unet.config.sample_size <= 16
+        return max(self.latent_size) <= 16
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents of the model's own pictures. ValueError where its config does not say."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError(
+                "this UNet's config has no sample_size: set unet.register_to_config(sample_size=64) or what it was "
+                "trained with"
+            )
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _latents(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Size of the latents of pictures of that many pixels, the model's own where None."""
+        factor = self.pipeline.vae_scale_factor
+        coarse = factor * 2 ** (
+            len(self.unet.config.block_out_channels) - 1
+        )  # one pixel of the coarsest block
+        found = []
+        for name, pixels, own in zip(("height", "width"), (height, width), self.latent_size, strict=True):
+            whole = isinstance(pixels, int) and not isinstance(pixels, bool)
+            if pixels is not None and (not whole or pixels < coarse or pixels % coarse):
+                raise ValueError(f"{name} must be a positive multiple of {coarse} pixels, got {pixels!r}")
+            found.append(own if pixels is None else pixels // factor)
+        return found[0], found[1]
 
     @property
     def vocabulary(self) -> Mapping[str, tuple[Concept, ...]] | None:
@@ -128,10 +157,12 @@ class DiffusionModel:
         if not prompts:
             raise ValueError("there is no prompt to encode: give at least one")
         parts = [(self.tokenizer, self.text_encoder, lambda out: out[0])]
-        if second := getattr(self.pipeline, "text_encoder_2", None):
+        if (second := uncompiled(getattr(self.pipeline, "text_encoder_2", None))) is not None:
             before_last = lambda out: out.hidden_states[-2]
-            parts = [(self.tokenizer, self.text_encoder, before_last),
-                     (self.pipeline.tokenizer_2, second, before_last)]  # fmt: skip
+            both = [(self.tokenizer, self.text_encoder), (self.pipeline.tokenizer_2, second)]
+            parts = [
+                (*one, before_last) for one in (both[1:] if self.pipeline.text_encoder is None else both)
+            ]
         fixed, sides = self.fixed_batch, []
         for tokenizer, encoder, chosen in parts:
             batches = token_ids(tokenizer, prompts).to(self.device).split(fixed or batch_size)
@@ -155,6 +186,9 @@ class DiffusionModel:
         batch_size: int | None = None,
         callback: Callable[[dict], None] | None = None,
         progress: bool = False,
+        *,
+        height: int | None = None,
+        width: int | None = None,
     ) -> list[Image]:
         """One picture per (prompt, seed) pair.
 
@@ -167,8 +201,9 @@ class DiffusionModel:
         of 256 levels.
 
         batch_size: the model's own when None. negative: what guidance steers away from, the empty prompt by
-        default. callback: see `sampling.walk`; the dict also has `first`, the index of the first picture of the
-        batch. Raises ValueError for an empty or over-long prompt and for lengths that do not match.
+        default. height, width: in pixels, the model's own size by default. callback: see `sampling.walk`; the dict
+        also has `first`, the index of the first picture of the batch. Raises ValueError for an empty or over-long
+        prompt, for lengths that do not match and for a size that the model cannot draw.
         """
         if getattr(self.pipeline, "text_encoder_2", None) is not None:
             raise ValueError("generate knows one text encoder; for SDXL use model.pipeline")
@@ -191,6 +226,8 @@ class DiffusionModel:
             batch_size=batch_size,
             callback=callback,
             progress=progress,
+            height=height,
+            width=width,
         )
 
     @torch.no_grad()
@@ -205,6 +242,8 @@ class DiffusionModel:
         batch_size: int | None = None,
         callback: Callable[[dict], None] | None = None,
         progress: bool = False,
+        height: int | None = None,
+        width: int | None = None,
     ) -> list[Image]:
         """One picture per text embedding (n, length, d) and seed (n); what `generate` does after encoding.
 
@@ -216,7 +255,7 @@ class DiffusionModel:
             )
         embeddings, seeds = embeddings.to(self.device, self.dtype), list(seeds)
         uncond = self.encode("")[0] if uncond is None else uncond
-        fixed = self.fixed_batch
+        fixed, size = self.fixed_batch, self._latents(height, width)
         starts = range(0, len(embeddings), fixed or batch_size or self.batch_size)
 
         def batch(first: int) -> list[Image]:
@@ -240,7 +279,7 @@ class DiffusionModel:
                 [torch.Generator().manual_seed(seed) for seed in own],
                 steps=steps,
                 guidance=guidance,
-                size=(self.unet.config.sample_size,) * 2,
+                size=size,
                 callback=report,
             )
             return self.decode(latents)[:count]
@@ -274,13 +313,15 @@ class DiffusionModel:
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the UNet and text encoder weights as float16, of the model without any edit in force.
+        """SHA-256 of the UNet and text encoder weights as float16, of the model without any edit in force and without
+        the tokens that textual inversions added.
 
-        Rounding to float16 makes it the same for a model loaded in single and in half precision. Computed
-        once: weights that are changed by other means than an Edit need a new `load(model.pipeline)`.
+        Rounding to float16 makes it the same for a model loaded in single and in half precision. Of one that `load`
+        reads in bfloat16, which is coarser, it is that of the files. Computed once: weights that are changed by other
+        means than an Edit need a new `load(model.pipeline)`.
         """
         if self._fingerprint is None:
-            self._fingerprint = self._digest("text_encoder", "text_encoder_2", "unet")
+            self._fingerprint = self._digest(*PARTS)
             self._text_fingerprint = self._digest("text_encoder")
         _live[self._fingerprint] = self
         return self._fingerprint
@@ -299,23 +340,54 @@ class DiffusionModel:
         for part in parts:
             module = uncompiled(getattr(self.pipeline, part, None))
             for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
+                if name.endswith("token_embedding.weight"):
+                    tensor = tensor[: len(tensor) - self._added(part)]
                 if tensor.is_floating_point():
                     digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
                     digest.update(tensor.detach().half().cpu().contiguous().numpy())
         return digest.hexdigest()
 
+    def _added(self, part: str) -> int:
+        """Rows at the end of the token table that textual inversions added, of which no edit needs to know."""
+        tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"))
+        return len(tokenizer) - tokenizer.vocab_size
+
     def check_editable(self) -> None:
-        """ValueError, with what to do, where an edit would change nothing: projections fused, or an adapter loaded."""
-        check_editable(self.unet)
+        """ValueError, with what to do, where the weights are not those that the model computes with, and an edit would
+        change nothing: see `layers.check_editable`.
+        """
+        for part in PARTS:
+            if (module := uncompiled(getattr(self.pipeline, part, None))) is not None:
+                check_editable(part, module)
+
+    def check_fit(self) -> None:
+        """The same, and that no edit is in force: what is fitted is kept with the fingerprint of the model without."""
+        self.check_editable()
+        if self._active:
+            raise ValueError(
+                "an edit is applied to this model: leave its `with` block to fit another, or fit the model that "
+                "edit.merged(model) returns"
+            )
 
     def copy(self) -> "DiffusionModel":
-        """An independent model with the same weights. ValueError while an edit is in force."""
+        """An independent model with the same weights. ValueError while an edit is in force, and for a pipeline that
+        cannot be copied.
+        """
         if self._active:
             raise ValueError("an edit is applied to this model: leave its `with` block first")
-        return DiffusionModel(copied(self.pipeline), self.preset)
+        try:
+            return DiffusionModel(copied(self.pipeline), self.preset)
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"the pipeline cannot be copied ({error}): load it without offloading and quantization, or use "
+                "`applied`"
+            ) from error
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read."""
+        """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read. ValueError
+        where it would not be read back as it is (`check_editable`); an edit in force is written with the weights.
+        """
+        self.check_editable()
         with quietly():
             self.pipeline.save_pretrained(folder, safe_serialization=True)
         drop_origin(folder)
@@ -408,14 +480,16 @@ def load(
 
     device "auto": the GPU where there is one (under `accelerate launch` or torchrun this process's own), else the
     CPU; a pipeline object stays where it is. dtype "auto": float16 on a GPU, float32 on the CPU and for the emoji
-    model, which gains nothing from less; a pipeline object keeps its own. Raises FileNotFoundError for a missing and
-    ValueError for a damaged model.
+    model, which gains nothing from less; a pipeline object keeps its own. A folder whose weights are all of the variant
+    fp16 is read as it is. Raises FileNotFoundError for a missing and ValueError for a damaged model, for a single file,
+    and for a folder that was saved with a LoRA in the UNet.
     """
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"unknown dtype {dtype!r}: use 'auto', 'float32', 'float16' or a torch.dtype")
         dtype = getattr(torch, dtype)
 
+    known = None
     if isinstance(source, DiffusionPipeline):
         pipeline, preset, name = source, "sd", None
         if device != "auto":
@@ -427,7 +501,10 @@ def load(
             half = torch.device(device).type == "cuda" and source != "emoji"
             dtype = torch.float16 if half else torch.float32
         name = str(source)
-        pipeline, preset = _read(name, dtype)
+        # bfloat16 keeps fewer digits than the fingerprint is of, which is taken before they are lost
+        pipeline, preset = _read(name, torch.float32 if dtype is torch.bfloat16 else dtype)
+        files = DiffusionModel(pipeline, preset) if dtype is torch.bfloat16 else None
+        known = files and (files.fingerprint(), files.text_fingerprint())
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
@@ -435,11 +512,18 @@ def load(
             part.eval()
             if dtype not in ("auto", part.dtype):
                 part.to(dtype)
-    return DiffusionModel(pipeline, preset, name)
+    model = DiffusionModel(pipeline, preset, name)
+    if known:
+        model._fingerprint, model._text_fingerprint = known
+    return model
 
 
 def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
     folder = EMOJI_MODEL if source == "emoji" else Path(source)
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a single file: load it with StableDiffusionPipeline.from_single_file, then ek.load(pipeline)"
+        )
     local = source == "emoji" or folder.exists()
     if local and not (folder / "model_index.json").is_file():
         if source == "emoji":
@@ -466,6 +550,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
                 safety_checker=None,
                 requires_safety_checker=False,
                 local_files_only=local,
+                variant="fp16" if local and _half_alone(folder) else None,
             )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().split("\n")[0]
@@ -474,9 +559,26 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
         raise FileNotFoundError(
             f"{source!r} is no folder here, and the hub did not give it: {first_line}"
         ) from error
+    for part, module in pipeline.components.items():
+        empty = (
+            [n for n, p in module.named_parameters() if p.is_meta]
+            if isinstance(module, torch.nn.Module)
+            else []
+        )
+        if empty:
+            raise ValueError(
+                f"the files of {source} have no {part}.{empty[0]}: it was saved while a LoRA or another adapter was "
+                "loaded, or quantized; save the pipeline again without"
+            )
     note = folder / NOTE
     preset = json.loads(note.read_text())["preset"] if local and note.is_file() else "sd"
     return pipeline, "emoji" if local and folder.resolve() == EMOJI_MODEL.resolve() else preset
+
+
+def _half_alone(folder: Path) -> bool:
+    """Whether a folder's UNet is there in the variant fp16 only."""
+    files = list((folder / "unet").glob("*.safetensors"))
+    return bool(files) and all(".fp16" in file.suffixes for file in files)
 
 
 @contextmanager

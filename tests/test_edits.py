@@ -9,13 +9,13 @@ import torch
 from conftest import WIDTH, tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import erasekit as ek
 from erasekit import models
 from erasekit.closed_form import ContextMap, solve
 from erasekit.edits import Edit
-from erasekit.layers import cross_attention_kv
+from erasekit.layers import cross_attention_kv, unet_parameters
 
 PROMPTS = ["a church in flat style", "a dog", "a house"]
 
@@ -320,6 +320,48 @@ def test_lora_rank_is_the_rank_of_the_edit(model, tmp_path):
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         assert len(shapes) == 2 * len(cross_attention_kv(model.unet))
         assert {shape[0] for name, shape in shapes.items() if "lora_A" in name} == {rank}
+
+
+def test_the_lora_of_esd_x_has_biases_and_stock_diffusers_reads_them(model, tmp_path):
+    draw, unet = torch.Generator().manual_seed(0), dict(model.unet.named_parameters())
+    names = unet_parameters(model.unet, "x")
+    noise = {name: torch.randn(unet[name].shape, generator=draw) / 3 for name in names}
+    edit = Edit.from_weight_delta({f"unet.{name}": value for name, value in noise.items()}, model)
+    edit.to_lora(tmp_path)
+    with edit.applied(model):
+        edited = pictures(model)
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(tmp_path)
+    assert np.abs(stock_pictures(pipeline) - edited).max() <= 1
+    weights = {f"unet.{name}": value for name, value in noise.items() if not name.endswith("bias")}
+    Edit.from_weight_delta(weights, model).to_lora(tmp_path / "without")
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(tmp_path / "without")
+    assert np.abs(stock_pictures(pipeline) - edited).max() > 2  # control: the biases show
+
+
+def test_both_stages_of_an_edit_become_one_lora(model, tmp_path):
+    deltas = {n: t for n, t in delta_edit(model, rank=2).tensors.items()}
+    edit = Edit.from_weight_delta(deltas, model, context_map=map_edit(model).context_map)
+    edit.to_lora(tmp_path)
+    with edit.applied(model):
+        edited = pictures(model)
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(tmp_path)
+    assert np.abs(stock_pictures(pipeline) - edited).max() <= 1
+
+
+@pytest.mark.parametrize("error", [0.5, 0.1, 0.01])
+def test_a_lora_leaves_out_no_more_than_it_says(model, error, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    name = "unet." + next(iter(cross_attention_kv(model.unet)))
+    delta = torch.randn(model.unet.get_parameter(name.removeprefix("unet.")).shape, generator=draw)
+    edit = Edit.from_weight_delta({name: delta}, model)
+    a, b = load_file(edit.to_lora(tmp_path, error=error)).values()
+    left_out = lambda rank: float((delta - b[:, :rank] @ a[:rank]).norm() / delta.norm())
+    assert left_out(len(a)) <= error < left_out(len(a) - 1)
+    with pytest.raises(ValueError, match="share of the change"):
+        edit.to_lora(tmp_path, error=1.0)
 
 
 def test_lora_of_an_edit_that_does_nothing(model, tmp_path):

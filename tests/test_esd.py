@@ -228,6 +228,49 @@ def test_agrees_with_the_literal_algorithm(shared_model, faithful):
         assert torch.allclose(merged[name], parameter, atol=2e-5), name
 
 
+def test_erased_from_something_else_agrees_with_the_literal_algorithm(shared_model):
+    """The code of 2025 with erase_from: x_t of a house, eps(house) - 2 (eps(church) - eps()), trained on a house."""
+    config = dataclasses.replace(SHORT, states="frozen", batch=1, noises=None, templates=("a {}",))
+    found, edit = losses(shared_model, config, seed=3, anchor="house")
+    model, unet = (models.load(tiny_pipeline()) for _ in range(2))
+    unet, generator, scheduler = unet.unet, torch.Generator().manual_seed(3), model.scheduler
+    base = int(torch.randint(2**31, (), generator=generator))
+    optimizer = torch.optim.Adam([p for name, p in unet.named_parameters() if "attn2" in name], lr=config.lr)
+    church, house, empty = model.encode(["a church", "a house", ""]).split(1)
+    call = lambda net, x, t, context: net(x, t, encoder_hidden_states=context).sample
+    wanted = []
+    for _ in range(config.iterations):
+        draw = lambda high: int(torch.randint(high, (1,), generator=generator))
+        draw(1)  # the prompt
+        noise, node, _ = draw(2**31), draw(5), draw(200)
+        scheduler.set_timesteps(5)
+        x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(base + noise))
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                if t <= 200 * node + 1:
+                    break
+                u, c = call(model.unet, x, t, empty), call(model.unet, x, t, house)
+                x = scheduler.step(u + 3.0 * (c - u), t, x).prev_sample
+            t = torch.tensor([200 * node + 1])
+            u, c, f = (call(model.unet, x, t, text) for text in (empty, church, house))
+        loss = torch.nn.functional.mse_loss(call(unet, x, t, house), f - 2 * (c - u))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        wanted.append(float(loss.detach()))
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert edit.metadata["concepts"] == {"erase": ["church"], "anchor": ["house"], "preserve": []}
+
+
+def test_erased_from_itself_is_plain_esd(shared_model):
+    plain, itself, other = (
+        losses(shared_model, SHORT, seed=3, **kwargs)[0]
+        for kwargs in ({}, {"anchor": "church"}, {"anchor": "house"})
+    )
+    assert itself == pytest.approx(plain, rel=1e-4)
+    assert other != pytest.approx(plain, rel=1e-2)  # control
+
+
 # What is trained
 
 
@@ -355,11 +398,9 @@ def test_checkpoints_of_edited_and_unedited_models_are_apart(shared_model, tmp_p
         if state["step"] == 3:
             raise KeyboardInterrupt
 
-    uce = ek.uce.fit(shared_model, "dog")
-    with pytest.raises(KeyboardInterrupt), uce.applied(shared_model):
-        esd.fit(
-            shared_model, "church", config=SHORT, generator=torch.Generator().manual_seed(0), callback=stop
-        )
+    edited = ek.uce.fit(shared_model, "dog").merged(shared_model)
+    with pytest.raises(KeyboardInterrupt):
+        esd.fit(edited, "church", config=SHORT, generator=torch.Generator().manual_seed(0), callback=stop)
     assert len(losses(shared_model, SHORT)[0]) == SHORT.iterations
 
 

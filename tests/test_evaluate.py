@@ -113,6 +113,9 @@ def test_frechet_distance_by_hand(rng):
     assert metrics.frechet_distance(a, a * scale) == pytest.approx(np.square(scale - 1).sum())
     flat = a * [1, 1, 0]  # singular covariance
     assert metrics.frechet_distance(flat, flat) == pytest.approx(0, abs=1e-8)
+    for distance in (metrics.frechet_distance, metrics.kid, metrics.cmmd):
+        with pytest.raises(ValueError, match="same extractor"):
+            distance(a, a[:, :-1])
 
 
 def test_kernel_distances_by_hand(rng):
@@ -387,6 +390,14 @@ def test_any_clip_zero_shot_and_score(tiny_clip):
         logits = torch.tensor([cosines[j][i]["similarity"] for j in (0, 1)]) * scale
         assert list(probabilities[i].values()) == pytest.approx(logits.softmax(0).tolist(), abs=1e-3)
     assert zero_shot.version != score.version != judges.Clip(str(folder), ("dog",)).version
+
+
+def test_a_caption_that_clip_would_cut_is_an_error(tiny_clip):
+    folder, *_ = tiny_clip
+    score = judges.Clip(str(folder))
+    score.scores([picture(0)], ["a dog " * 11])  # the control: 22 tokens and two ends
+    with pytest.raises(ValueError, match="26 tokens.*reads 24"):
+        score.scores([picture(0)], ["a dog " * 12])
 
 
 def test_clip_probe_is_the_softmax_of_scaled_cosines(tiny_clip, tmp_path, generator):

@@ -1,10 +1,19 @@
 """The closed forms on Stable Diffusion 2.x and SDXL: tiny random pipelines of the real classes, through a folder."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from conftest import LENGTH, WIDTH, tiny_pipeline, tiny_tokenizer
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import erasekit as ek
@@ -103,10 +112,15 @@ def test_encode_is_what_the_stock_pipeline_feeds(model):
     assert not torch.allclose(model.encode("a dog"), stock["prompt_embeds"], atol=1e-2)  # control
 
 
+# Random encoders give rows of norm 600; the ridge keeps the map to what single precision can tell apart.
+UCE = dataclasses.replace(ek.uce.PRESETS["sd14-object"], lam=1e3)
+RIDGE = {"uce": UCE, "rece": dataclasses.replace(ek.rece.PRESETS["sd14-object"], start=UCE, lambda_2=1e3)}
+
+
 @pytest.mark.parametrize("method", ["uce", "rece"])
 def test_one_matrix_on_the_embeddings(model, method):
     """Editing all keys and values of the UNet is mapping both halves of the guidance, in the stock pipeline."""
-    edit = getattr(ek, method).fit(model, "church", ["house"], anchor="dog")
+    edit = getattr(ek, method).fit(model, "church", ["house"], anchor="dog", config=RIDGE[method])
     assert edit.context_map.d == next(iter(cross_attention_kv(model.unet).values())).in_features
     plain = context(model.pipeline, "a church")
     mapped = {
@@ -121,8 +135,41 @@ def test_one_matrix_on_the_embeddings(model, method):
     assert np.abs(on_weights - before).max() > 2  # control: the edit shows
 
 
+def test_the_refiner_of_sdxl_has_the_second_text_encoder_alone():
+    """As stabilityai/stable-diffusion-xl-refiner: it draws over a picture, and closed forms edit it."""
+    whole = sdxl()
+    refiner = StableDiffusionXLImg2ImgPipeline(
+        vae=whole.vae, text_encoder=None, tokenizer=None, text_encoder_2=whole.text_encoder_2,
+        tokenizer_2=whole.tokenizer_2, scheduler=whole.scheduler, requires_aesthetics_score=False,
+        unet=unet(
+            40, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 40,
+        ), add_watermarker=False,
+    )  # fmt: skip
+    model = ek.load(refiner)
+    torch.testing.assert_close(model.encode("a church"), refiner.encode_prompt("a church")[0])
+    start = Image.new("RGB", (16, 16), "teal")
+
+    def over() -> np.ndarray:
+        made = refiner(
+            "a church",
+            image=start,
+            strength=0.9,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return np.asarray(made.images[0]).astype(int)
+
+    plain, edit = over(), ek.uce.fit(model, "church", ["house"])
+    with edit.applied(model):
+        assert np.abs(over() - plain).max() > 2
+    np.testing.assert_array_equal(over(), plain)
+    with pytest.raises(ValueError, match="SDXL"):
+        ek.esd.fit(model, "church")
+
+
 def test_lora_in_the_stock_pipeline(model, tmp_path):
-    edit = ek.rece.fit(model, "church", ["house"], anchor="dog")
+    edit = ek.rece.fit(model, "church", ["house"], anchor="dog", config=RIDGE["rece"])
     edit.to_lora(tmp_path / "lora", model=model)
     plain = context(model.pipeline, "a church")
     before = picture(model.pipeline, **plain)

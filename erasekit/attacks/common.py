@@ -429,10 +429,9 @@ def latents_of(model: DiffusionModel, pictures: Sequence[Image], batch_size: int
                 vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
             )
     latents = torch.cat(found).to(model.dtype)
-    side = model.unet.config.sample_size
-    if latents.shape[-2:] != (side, side):
+    if latents.shape[-2:] != model.latent_size:
         raise ValueError(
-            f"pictures give latents of {tuple(latents.shape[-2:])}, this model draws {side} x {side}: resize them"
+            f"pictures give latents of {tuple(latents.shape[-2:])}, this model draws {model.latent_size}: resize them"
         )
     return latents
 

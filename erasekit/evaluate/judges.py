@@ -208,9 +208,13 @@ class Clip:
     def scores(self, pictures: Sequence[Image], prompts: Sequence[str]) -> list[Record]:
         model, processor = self._parts
         texts = [self.template.format(label) for label in self.labels] or list(prompts)
-        given = processor(
-            text=texts, images=list(pictures), return_tensors="pt", padding=True, truncation=True
-        )
+        given = processor(text=texts, images=list(pictures), return_tensors="pt", padding=True)
+        if (length := given.input_ids.shape[1]) > (limit := model.config.text_config.max_position_embeddings):
+            longest = max(texts, key=lambda text: len(processor.tokenizer(text).input_ids))
+            raise ValueError(
+                f"a caption has {length} tokens, {self.source} reads {limit}: shorten {longest[:60]!r} (a cut caption "
+                "would be scored as another)"
+            )
         out = model(**given.to(self.device))
         seen, read = (F.normalize(x, dim=-1) for x in (out.image_embeds, out.text_embeds))
         if not self.labels:

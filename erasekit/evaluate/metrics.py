@@ -130,7 +130,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (n, d) and (m, d): FID where the features are
     Inception's (Heusel et al. 2017), elsewhere named after its features. It falls with n: compare at equal n only.
     """
-    a, b = _features(a), _features(b)
+    a, b = _features(a, b)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # tr (C_a C_b)^(1/2) = tr (R C_b R)^(1/2) with R = C_a^(1/2): symmetric, so real also where singular
     values, vectors = np.linalg.eigh(cov_a)
@@ -143,7 +143,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def kid(a: np.ndarray, b: np.ndarray) -> float:
     """Kernel distance: unbiased squared MMD with k(x, y) = (x.y / d + 1)^3 (Binkowski et al. 2018). Its expectation
     does not depend on n; it may fall below 0."""
-    a, b = _features(a), _features(b)
+    a, b = _features(a, b)
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
     inner = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
     return float(inner(kernel(a, a)) + inner(kernel(b, b)) - 2 * kernel(a, b).mean())
@@ -152,13 +152,19 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10.0) -> float:
     """1000 times the squared MMD with a Gaussian kernel of width sigma (Jayasumana et al., CVPR 2024; there on CLIP
     features scaled to unit length). Biased, hence never below 0, and 0 for equal sets."""
-    a, b = _features(a), _features(b)
+    a, b = _features(a, b)
     kernel = lambda x, y: np.exp(-cdist(x, y, "sqeuclidean") / (2 * sigma**2)).mean()
     return float(1000 * max(0.0, kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)))
 
 
-def _features(x: np.ndarray) -> np.ndarray:
-    x = np.asarray(x, dtype=float)
-    if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all():
-        raise ValueError(f"finite features (n, d) of at least two pictures are needed, got shape {x.shape}")
-    return x
+def _features(*sets: np.ndarray) -> list[np.ndarray]:
+    found = [np.asarray(x, dtype=float) for x in sets]
+    for x in found:
+        if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all():
+            raise ValueError(
+                f"finite features (n, d) of at least two pictures are needed, got shape {x.shape}"
+            )
+    if len({x.shape[1] for x in found}) > 1:
+        widths = " and ".join(str(x.shape[1]) for x in found)
+        raise ValueError(f"the features are {widths} wide: take both from the same extractor")
+    return found

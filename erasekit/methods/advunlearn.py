@@ -23,6 +23,7 @@ Defaults are the paper's and, where it is silent, those of the authors' commands
 training x_t, eps_o and y do not depend on it: states="cached" computes them once.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,12 +310,17 @@ def fit(
     """Erase concepts by adversarial training; returns a text_encoder Edit (weight_delta for part="x" and the like).
 
     preserve: the retain set; when empty, all other concepts of the emoji world, or COCO's categories. anchor: not used,
-    y leads away from the concept and to nothing. callback: at every iteration step, loss, erase (ESD's loss on the
-    attacked prompt), retain, and attack, the attacker's loss on the same state. The rest as in `esd.fit`.
+    y leads away from the concept and to nothing; a warning says so. callback: at every iteration step, loss, erase
+    (ESD's loss on the attacked prompt), retain, and attack, the attacker's loss on the same state. The rest as in
+    `esd.fit`.
     """
-    model.check_editable()
+    model.check_fit()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = esd.named(model, erase, preserve, anchor)
+    if anchor is not None:
+        warnings.warn(
+            "AdvUnlearn leads away from the concept, to nothing: `anchor` changes nothing", stacklevel=2
+        )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     prompts = esd.erase_prompts(erased, config.templates)
     names, kept = [], []

@@ -5,11 +5,17 @@ The UNet is trained to predict for the concept what the frozen model predicts wh
     y(x_t) = eps*(x_t, 0) - eta ( eps*(x_t, c) - eps*(x_t, 0) )
     min_theta  E ||eps_theta(x_t, c) - y(x_t)||^2
 
-with x_t a partly denoised picture of the concept.
+with x_t a partly denoised picture of the concept. The authors' code of 2025 also erases c from the pictures of another
+prompt f, whose x_t these then are [code]:
+
+    y(x_t) = eps*(x_t, f) - (eta + 1) ( eps*(x_t, c) - eps*(x_t, 0) ),  min_theta  E ||eps_theta(x_t, f) - y(x_t)||^2
+
+which with f = c is the loss above.
 
 Notation (code -> paper or code of the authors):
 
-    eta         -> eta, negative guidance
+    eta         -> eta, negative guidance (negative_guidance - 1 in the code of 2025)
+    anchor      -> f, erase_from in the code of 2025
     guidance    -> guidance while x_t is drawn (start_guidance in the code)
     parameters  -> train_method: "x" is ESD-x, "u" is ESD-u
     sampler     -> ddim_steps, steps of the sampler that draws x_t
@@ -22,6 +28,7 @@ frozen model predicts there comes for free, since guidance needed it.
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -270,7 +277,7 @@ class States:
             [torch.Generator().manual_seed(seed) for seed in seeds],
             steps=self.sampler,
             guidance=self.guidance,
-            size=(self.model.unet.config.sample_size,) * 2,
+            size=self.model.latent_size,
             skip=skip,
         )
 
@@ -415,7 +422,13 @@ def delta(module: nn.Module, original: nn.Module, part: str) -> dict[str, Tensor
 
 
 def named(model: DiffusionModel, erase, preserve, anchor) -> tuple[Concept, ...]:
-    """The concepts to erase. ValueError for nothing to erase, and for unknown names among all three."""
+    """The concepts to erase. ValueError for nothing to erase, for unknown names among all three, and for a model that
+    cannot be trained as it was loaded.
+    """
+    if model.dtype is torch.float16 and model.device.type == "cpu":
+        raise ValueError(
+            "training in float16 needs a GPU: load the model with dtype='float32', or 'bfloat16' to save memory"
+        )
     erased = model.concepts(erase)
     model.concepts(preserve)
     if isinstance(anchor, str) and anchor.strip():
@@ -439,30 +452,51 @@ def fit(
 ) -> Edit:
     """Erase concepts by training a copy of the UNet; returns a weight_delta Edit and leaves the model alone.
 
-    preserve, anchor: names are checked and otherwise not used, ESD has no term for them. config: None takes the preset
-    of the model ("emoji" or "sd14-object"). generator: seed 0 if None. callback: step and loss at every update. folder:
+    preserve: not used, ESD has no term for it; a warning says so. anchor: what the concept is erased from, "a painting"
+    for a painter; the concept itself if None. config: None takes the preset of the model ("emoji" or "sd14-object").
+    generator: seed 0 if None. callback: step and loss at every update. folder:
     of the checkpoints, from which an interrupted call with the same arguments goes on. Raises ValueError for unknown
     concepts and nothing to erase, FloatingPointError for a loss that is not finite (the last good state stays).
     """
-    model.check_editable()
+    model.check_fit()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = named(model, erase, preserve, anchor)
+    if preserve:
+        warnings.warn("ESD has no term that preserves: `preserve` changes nothing", stacklevel=2)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    prompts = erase_prompts(erased, config.templates)
+    prompts = about = erase_prompts(erased, config.templates)
+    if anchor is not None:
+        instead = anchor.name if isinstance(anchor, Concept) else anchor
+        prompts = [fill(t, instead)[0] for one in erased for t in one.templates or config.templates]
     unet = trainee(model.unet, unet_parameters(model.unet, config.parameters))
     states = States(
         model, prompts, int(torch.randint(2**31, (), generator=generator)), config.guidance, config.sampler,
         config.states, config.noises, config.faithful, unet if config.states == "trained" else None, folder,
     )  # fmt: skip
 
+    concept = model.encode(about)
+
+    @torch.no_grad()
+    def target(state: State, prompt: Tensor) -> Tensor:
+        if anchor is None:
+            return state.target(config.eta)
+        with torch.autocast(model.device.type, enabled=False):
+            said = model.unet(
+                state.sample, state.timestep, encoder_hidden_states=concept[prompt], return_dict=False
+            )[0]
+        return state.text - (config.eta + 1) * (said - state.uncond)
+
     def loss(step: int, generator: torch.Generator) -> dict:
         prompt = torch.randint(len(prompts), (config.batch,), generator=generator)
-        state = states.at(states.pick(prompt, generator))
-        text = states.text[prompt.to(model.device)]
+        state, prompt = states.at(states.pick(prompt, generator)), prompt.to(model.device)
+        text = states.text[prompt]
         predicted = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
-        return {"loss": (predicted.float() - state.target(config.eta).float()).square().mean()}
+        return {"loss": (predicted.float() - target(state, prompt).float()).square().mean()}
 
-    descend("esd", model, unet, loss, config, prompts, generator, callback, folder, progress)
-    concepts = {"erase": [one.name for one in erased], "anchor": [], "preserve": []}
+    also = [] if anchor is None else about
+    descend("esd", model, unet, loss, config, prompts, generator, callback, folder, progress, also=also)
+    concepts = {
+        "erase": [one.name for one in erased], "anchor": [] if anchor is None else [instead], "preserve": [],
+    }  # fmt: skip
     change = delta(unet, model.unet, "unet")
     return Edit.from_weight_delta(change, model, method="esd", config=config, concepts=concepts)

@@ -36,7 +36,7 @@ from erasekit.attacks.common import check
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
 from erasekit.edits import Edit
-from erasekit.layers import attention_with_gradient, cross_attention_kv, record_attention
+from erasekit.layers import attention_with_gradient, cross_attention_kv, grid_of, record_attention
 from erasekit.methods import esd, uce
 from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
@@ -196,13 +196,13 @@ def shown(
     given = concept.templates or config.templates
     templates = [given[i % len(given)] for i in range(config.pictures)]
     prompts = [fill(template, concept.name)[0] for template in templates]
-    side = model.unet.config.sample_size
+    size = model.latent_size
     text, empty = model.encode(prompts), model.encode("")[0]
     own = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with record_attention(model.unet) as maps:
         latents = denoise(
             model.unet, model.scheduler, text, empty.expand_as(text), own, steps=config.sampler,
-            guidance=config.guidance, size=(side, side),
+            guidance=config.guidance, size=size,
         )  # fmt: skip
     phrase, marked = (
         torch.stack([columns(model.tokenizer, template, concept.name, ends) for template in templates])
@@ -212,7 +212,7 @@ def shown(
         heat = torch.stack(
             [
                 sum(
-                    maps.heatmap(token, side)[len(prompts) + i] for token in span.nonzero().flatten().tolist()
+                    maps.heatmap(token, size)[len(prompts) + i] for token in span.nonzero().flatten().tolist()
                 )
                 for i, span in enumerate(phrase)
             ]
@@ -225,7 +225,7 @@ def shown(
             raise ValueError(
                 f"segment should give {len(prompts)} masks (n, height, width), got {tuple(masks.shape)}"
             )
-        masks = (F.interpolate(masks[:, None].float(), (side, side))[:, 0] >= 0.5).float()
+        masks = (F.interpolate(masks[:, None].float(), size)[:, 0] >= 0.5).float()
         masks[masks.flatten(1).amax(1) == 0] = 1  # where nothing was found, as in the code
     return Shown(latents, masks.to(model.device), prompts, marked.to(model.device))
 
@@ -240,8 +240,8 @@ def attention_loss(maps: Iterable[Tensor], masks: Tensor, marked: Tensor, square
     total = masks.new_zeros(())
     for probabilities in maps:
         total = total + 0 * probabilities.float().sum()  # so that there is a gradient, if only of nothing
-        side = round(probabilities.shape[2] ** 0.5)
-        inside = (F.interpolate(masks[:, None], (side, side), mode="area")[:, 0] >= 0.5).flatten(1)
+        grid = grid_of(probabilities.shape[2], masks.shape[-2:])
+        inside = (F.interpolate(masks[:, None], grid, mode="area")[:, 0] >= 0.5).flatten(1)
         chosen = inside[:, None, :, None] & marked[:, None, None, :]
         picked = torch.where(chosen, probabilities.float(), 0.0)
         count = chosen.sum() * probabilities.shape[1]
@@ -363,7 +363,7 @@ def fit(
     pictures of a concept and its name, for masks instead of the attention's. callback: after stage 1 (step -1) rank,
     erase_residual and preserve_drift; in stage 2 step, loss and concept. generator, folder and errors as in `esd.fit`.
     """
-    model.check_editable()
+    model.check_fit()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = esd.named(model, erase, preserve, anchor)
     if config.lora:

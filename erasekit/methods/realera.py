@@ -438,7 +438,7 @@ def fit(
     or COCO's categories. callback: after the closed form (step -1) rank; in the LoRA step, loss, erase, near,
     far and concept. generator, folder and errors as in `esd.fit`.
     """
-    model.check_editable()
+    model.check_fit()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = esd.named(model, erase, preserve, anchor)
     if config.lora:

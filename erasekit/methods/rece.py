@@ -175,7 +175,7 @@ def fit(
     in rounds derived (n, d), sources, norm_ratio ||c'|| / ||c||, and attack_residual of the derived embedding before
     the round erased it and after.
     """
-    model.check_editable()
+    model.check_fit()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     given = uce.rows(model, erase, preserve, anchor, config.start)
     paired = given

@@ -296,7 +296,7 @@ def trajectories(
         own = [torch.Generator().manual_seed(seed + 7919 * p + n) for p, n in part]
         for step in walk(
             model.unet, ddim(model.scheduler), text[at], empty.expand_as(text[at]), own, steps=config.sampler,
-            guidance=config.guidance, size=(model.unet.config.sample_size,) * 2,
+            guidance=config.guidance, size=model.latent_size,
         ):  # fmt: skip
             if step["step"] >= config.early:
                 break
@@ -342,7 +342,7 @@ def fit(
     and of the preserved ones; in stage 2 at every iteration step, loss, erase, keep, and active, the share of rows with
     a gradient. generator, folder and errors as in `esd.fit`.
     """
-    model.check_editable()
+    model.check_fit()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     erased = esd.named(model, erase, preserve, anchor)
     if config.stages != "text":

@@ -156,7 +156,7 @@ def fit(
     concepts, nothing to erase, a concept both erased and preserved, over-long prompts and settings that make
     the system singular.
     """
-    model.check_editable()
+    model.check_fit()
     config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
     given = rows(model, erase, preserve, anchor, config)
     context_map = solve(given, config)
