@@ -40,6 +40,10 @@ def with_encoder():
     return pipeline(text_encoder=CLIPTextModel.from_pretrained(EXPORTS / "encoder-text"))
 
 
+def apart(pictures, name):
+    return round(float(np.abs(EXPECTED[name] - pictures).max() * 255), 2)
+
+
 WAYS = {
     "unedited folder": ("base", pipeline),
     "merged folder": ("map", lambda: pipeline("merged-map")),
@@ -58,15 +62,14 @@ for way, (expected, load) in WAYS.items():
     except Exception as error:  # noqa: BLE001 - what an old library says is the result
         found[way] = {"error": f"{type(error).__name__}: {error}".split("\n")[0][:160]}
         continue
-    pictures = [
+    pictures = np.stack([
         drawing(
             prompt, num_inference_steps=10, guidance_scale=3.0, output_type="np",
             generator=torch.Generator().manual_seed(0),
         ).images[0]
         for prompt in PROMPTS
-    ]  # fmt: skip
-    apart = lambda name, pictures=np.stack(pictures): float(np.abs(EXPECTED[name] - pictures).max() * 255)
-    found[way] = {"levels": round(apart(expected), 2), "levels from unedited": round(apart("base"), 2)}
+    ])  # fmt: skip
+    found[way] = {"levels": apart(pictures, expected), "levels from unedited": apart(pictures, "base")}
 
 versions = ("torch", "diffusers", "transformers", "peft", "tokenizers", "huggingface_hub", "accelerate")
 print(json.dumps({"versions": {name: importlib.metadata.version(name) for name in versions}, "found": found}))

@@ -14,8 +14,8 @@ class Concept:
     """Something to erase, keep or replace.
 
     name: the phrase that stands for it in a prompt; white space around and between its words does not count.
-    templates: prompts with one `{}` for the phrase; empty means the method's own. synonyms: other phrases for it. anchor: what to draw instead; None means the
-    method's own.
+    templates: prompts with one `{}` for the phrase; empty means the method's own. synonyms: other phrases for it.
+    anchor: what to draw instead; None means the method's own.
     """
 
     name: str

@@ -273,7 +273,7 @@ class AttentionMaps:
 
 
 def grid_of(positions: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of that many positions of a picture of this height and width. ValueError where there are none."""
+    """Rows and columns of that many positions of a picture of this height and width. ValueError where none fits."""
     rows = round((positions * size[0] / size[1]) ** 0.5)
     if rows < 1 or positions % rows or rows * size[1] != positions // rows * size[0]:
         raise ValueError(
