@@ -796,7 +796,7 @@ def test_an_ablation_goes_on(tmp_path, monkeypatch):
 
     done = []
 
-    def measured(model, method, concept, changes, attempts):
+    def measured(model, method, asked, changes, attempts, preserve):
         done.append(changes)
         if len(done) == 2:
             raise KeyboardInterrupt

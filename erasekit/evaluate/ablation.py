@@ -11,7 +11,7 @@ Each variant changes the method's preset "emoji" in what `VARIANTS` says of it. 
     others     prompts about everything else, one each, the styles in turn
     attack     UnlearnDiffAtk on the concept's prompts, of which those that succeed as they are count as well
     drift      how far the embedding of the empty prompt has moved, relative to its length
-    seconds    of the training's iterations, not of drawing the states that they share
+    seconds    of the training's iterations, not of drawing the states that they share; of a closed form, of `fit`
 
 and once for each file, under "before", what the model draws before any edit.
 
@@ -22,7 +22,8 @@ is kept: an interrupted call goes on, and variants are added to the file as they
 import argparse
 import json
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -39,7 +40,30 @@ SWITCHES = ("closed_form", "lora", "neighbour", "beyond")  # RealEra's
 SWITCHED = [dict(zip(SWITCHES, on, strict=True)) for on in product((True, False), repeat=len(SWITCHES))]
 EQUAL = {"lambda_b": 1.0, "lambda_far": 1.0}  # RealEra's beyond concepts weigh as much as neighbours
 NO_REFINEMENT = {"lambda_1": 1e6}  # so much weight on what is kept that MACE's first stage changes nothing
+CODE_2023 = {"tokens": "last_to_end", "lam": 0.5} | dict.fromkeys(
+    ("templates", "preserve_templates"), ("{}",)
+)
+ONE_AT_A_TIME = {
+    "batch": 1,
+    "sampler": 50,
+    "templates": ("{}",),
+    "noises": None,
+}  # ESD as its authors train it
 VARIANTS: dict[str, dict[str, dict]] = {
+    "uce": {
+        "UCE": {},
+        "tokens of the code": {"tokens": "last_to_end"},
+        "prompt of the code": {key: CODE_2023[key] for key in ("templates", "preserve_templates")},
+        "ridge of the code": {"lam": 0.5},
+        "settings of the code": CODE_2023,
+    },
+    "rece": {
+        "RECE": {},
+        "one round": {"epochs": 1},
+        "pairs of the start": {"pairs": "start"},
+        "one round, pairs of the start": {"epochs": 1, "pairs": "start"},
+        "settings of the code": {"start": replace(METHODS["uce"].PRESETS["emoji"], **CODE_2023), "epochs": 1},
+    },
     "esd": {
         "ESD-x": {},
         "ESD-u": {"parameters": "u"},
@@ -49,6 +73,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "eta 3": {"eta": 3.0},
         "states of the trained model": {"states": "trained", "noises": None},
         "lag of the code": {"states": "frozen", "noises": None, "faithful": True},
+        "settings of 2023": ONE_AT_A_TIME | {"iterations": 1000, "lr": 1e-5, "states": "trained"},
+        "settings of 2025": ONE_AT_A_TIME | {"iterations": 200, "lr": 5e-5, "states": "frozen"},
     },
     "advunlearn": {
         "AdvUnlearn": {},
@@ -141,7 +167,14 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "rank 4": EQUAL | {"rank": 4},
     },
 }
-HEAD = ("method", "attempts", "protocol", "attack", "fingerprint")  # what rows of one file have in common
+HEAD = (
+    "method",
+    "attempts",
+    "preserve",
+    "protocol",
+    "attack",
+    "fingerprint",
+)  # what rows of one file have in common
 DEFAULT = {method: METHODS[method].PRESETS["emoji"] for method in VARIANTS}
 
 
@@ -199,7 +232,13 @@ def attacker(attempts: int) -> unlearndiff.Config:
 
 
 def measure(
-    model: DiffusionModel, method: str, asked: Protocol, changes: dict, attempts: int, progress: bool = True
+    model: DiffusionModel,
+    method: str,
+    asked: Protocol,
+    changes: dict,
+    attempts: int,
+    preserve: Sequence[str] = (),
+    progress: bool = True,
 ) -> dict:
     """One variant: its settings, the rates of the module's table, and the course of its training."""
     (concept,) = asked.erased
@@ -210,12 +249,17 @@ def measure(
         course.append(state)
         times.append(time.perf_counter())
 
-    edit = METHODS[method].fit(model, concept, config=config, callback=note, progress=progress)
-    seconds = (times[-1] - times[0]) / max(1, len(times) - 1) * config.iterations
+    trained = {"progress": progress} if hasattr(config, "iterations") else {}
+    start = time.perf_counter()
+    edit = METHODS[method].fit(model, concept, preserve, config=config, callback=note, **trained)
+    seconds = time.perf_counter() - start
+    if trained:
+        seconds = (times[-1] - times[0]) / max(1, len(times) - 1) * config.iterations
     done = runs.run(model, edit, asked, progress=progress)
     victim = edit.merged(model)
     before, after = model.encode(""), victim.encode("")
-    row = {"changes": changes, "config": asdict(config), "seconds": round(seconds, 1), **done.measured()}
+    told = {name: asdict(value) if is_dataclass(value) else value for name, value in changes.items()}
+    row = {"changes": told, "config": asdict(config), "seconds": round(seconds, 1), **done.measured()}
     row["machine"] = runs.machine()
     row["drift"] = round(float((after - before).norm() / before.norm()), 5)
     if attempts:
@@ -225,7 +269,12 @@ def measure(
         )
         row["attack"] = found.success()
     row["course"] = [
-        {k: v if isinstance(v, str) else round(v, 6) for k, v in state.items()} for state in course[::10]
+        {
+            k: v if isinstance(v, str) else round(v, 6)
+            for k, v in state.items()
+            if isinstance(v, str | int | float)
+        }
+        for state in course[::10]
     ]
     return row
 
@@ -236,6 +285,7 @@ def main() -> None:
     )
     parser.add_argument("method", choices=VARIANTS)
     parser.add_argument("concept")
+    parser.add_argument("--preserve", action="append", default=[], help="what to keep; repeat for more")
     parser.add_argument("--only", action="append", default=[], help="a variant; repeat for more; else all")
     parser.add_argument("--attempts", type=int, default=16, help="of UnlearnDiffAtk (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True)
@@ -246,18 +296,20 @@ def main() -> None:
         )
     model = load("emoji")
     asked = protocol(given.concept, sentences=given.method in ("mace", "realera"))
-    words = f"{given.method} {json.dumps(given.concept)} --attempts {given.attempts}"
+    kept = "".join(f" --preserve {json.dumps(name)}" for name in given.preserve)
+    words = f"{given.method} {json.dumps(given.concept)}{kept} --attempts {given.attempts}"
     head = {
         "command": f"python -m erasekit.evaluate.ablation {words} --out {given.out.as_posix()}",
         "method": given.method,
         "attempts": given.attempts,
         "erased": given.concept,
+        **({"preserve": given.preserve} if given.preserve else {}),
         "protocol": asked.short,
         "attack": {"name": "UnlearnDiffAtk", "config": asdict(attacker(given.attempts))},
         **world.subject(model),
     }
     old = json.loads(given.out.read_text()) if given.out.exists() else {}
-    same = all(old.get(key) == json.loads(json.dumps(head[key])) for key in HEAD)
+    same = all(old.get(key) == json.loads(json.dumps(head.get(key))) for key in HEAD)
     found = old["variants"] if old and same else {}
     head["before"] = runs.run(model, None, asked, progress=True).measured()
     for name in given.only or VARIANTS[given.method]:
@@ -266,7 +318,8 @@ def main() -> None:
         )
         if found.get(name, {}).get("config") == config:
             continue
-        found[name] = measure(model, given.method, asked, VARIANTS[given.method][name], given.attempts)
+        changes = VARIANTS[given.method][name]
+        found[name] = measure(model, given.method, asked, changes, given.attempts, given.preserve)
         write_atomically(given.out, json.dumps({**head, "variants": found}, indent=1) + "\n")
         print(name, {key: found[name].get(key) for key in ("target", "others", "attack", "drift", "seconds")})
 
