@@ -533,6 +533,41 @@ def test_names_that_differ_by_spaces_or_capitals_are_one_concept(model):
         ek.uce.fit(model, "dog", preserve=" Dog")
 
 
+@pytest.mark.parametrize("how", ["fused", "quanto"])
+def test_projections_loaded_too_late_change_nothing_and_stock_diffusers_does_not_say(
+    how, model, edit, tmp_path
+):
+    kv = load_file(edit.to_projections(tmp_path / "kv.safetensors", model=model))
+    pipeline = tiny_pipeline()
+    pipeline.unet.fuse_qkv_projections() if how == "fused" else quanto(pipeline.unet)
+    before = picture(ek.load(pipeline))
+    assert not pipeline.unet.load_state_dict(kv, strict=False).unexpected_keys
+    np.testing.assert_array_equal(picture(ek.load(pipeline)), before)
+
+
+def test_two_loras_are_not_the_composed_edit_and_its_lora_is(model, edit, tmp_path):
+    dog = ek.uce.fit(model, "dog", preserve="castle")
+    with edit.applied(model), dog.applied(model):
+        wanted = picture(model)
+    folders = [tmp_path / name for name in ("church", "dog", "both")]
+    for one, folder in zip((edit, dog, edit.compose(dog)), folders, strict=True):
+        one.to_lora(folder, model=model)
+
+    def stock(*loras, **names):
+        pipeline = tiny_pipeline()
+        for folder in loras:
+            pipeline.load_lora_weights(folder, **({"adapter_name": folder.name} if names else {}))
+        if names:
+            pipeline.set_adapters([folder.name for folder in loras])
+        return pipeline, picture(ek.load(pipeline))
+
+    unnamed, drawn = stock(*folders[:2])
+    assert len(unnamed.get_active_adapters()) == 1 and abs(drawn - wanted).max() > 2
+    named, drawn = stock(*folders[:2], names=True)
+    assert len(named.get_active_adapters()) == 2 and abs(drawn - wanted).max() > 2
+    assert abs(stock(folders[2])[1] - wanted).max() <= 1
+
+
 INSTALLED = """
 import sys
 sys.path.insert(0, sys.argv[2])

@@ -22,6 +22,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -156,6 +157,7 @@ def main() -> None:
         default=rece.PRESETS["emoji"].epochs,
         help="rounds of RECE (default: %(default)s)",
     )
+    parser.add_argument("--pairs", choices=get_args(rece.Pairs), help="the preset's if absent")
     parser.add_argument(
         "--skip-before",
         action="store_true",
@@ -167,14 +169,16 @@ def main() -> None:
     named = " ".join(json.dumps(name) for name in given.concepts)
     command = (
         f"python -m erasekit.evaluate.regeneration {named}{kept} --pictures {given.pictures} "
-        f"--epochs {given.epochs} {'--skip-before ' if given.skip_before else ''}--out {given.out.as_posix()}"
+        f"--epochs {given.epochs} {'--skip-before ' if given.skip_before else ''}"
+        f"{f'--pairs {given.pairs} ' if given.pairs else ''}--out {given.out.as_posix()}"
     )
+    preset = rece.PRESETS["emoji"]
     result = measure(
         load("emoji"),
         given.concepts,
         given.preserve,
         pictures=given.pictures,
-        config=replace(rece.PRESETS["emoji"], epochs=given.epochs),
+        config=replace(preset, epochs=given.epochs, pairs=given.pairs or preset.pairs),
         skip_before=given.skip_before,
         progress=True,
     )
