@@ -32,6 +32,7 @@ app.command(
 notebooks_app = App(name="notebooks", help="Run, refresh and check the notebooks.")
 app.command(notebooks_app)
 
+HEAVY = ("generate", "evaluate", "erase", "run", "attack")  # commands that take seconds to begin
 Model = Annotated[str, Parameter(help="'emoji', a hub id, or a diffusers folder.")]
 Jobs = Annotated[int, Parameter(help="Notebooks run at once; they share the cores.")]
 ProtocolName = Literal["objects", "styles-and-objects", "weapons", "characters", "utility"]
@@ -43,6 +44,9 @@ Erased = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its status."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] and words[0] in HEAVY and "--help" not in words and sys.stderr.isatty():
+        print("loading PyTorch and diffusers ...", file=sys.stderr)
     try:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, ValueError, KeyError, OSError) as error:  # bad input and bad files

@@ -23,6 +23,18 @@ from erasekit.paths import FIGURES, replacing
 
 NARROW, WIDE = 3.25, 6.75  # inches: one and two columns
 EXPORT = {"svg.hashsalt": "erasekit", "svg.fonttype": "none", "pdf.fonttype": 42}
+METHOD_NAMES = {  # as figures and tables show them, in their order; a variant has its setting behind a hyphen
+    "original": "no edit",
+    "uce": "UCE",
+    "rece": "RECE",
+    "rece-start": "RECE*",  # the rounds keep the pairs of the start, see rece.Config
+    "esd": "ESD",
+    "mace": "MACE",
+    "realera": "RealEra",
+    "trce-text": "TRCE, stage 1",
+    "trce": "TRCE",
+    "advunlearn": "AdvUnlearn",
+}
 METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
     "original": "#4d4d4d",
     "uce": "#56b4e9",

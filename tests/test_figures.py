@@ -84,6 +84,7 @@ def test_every_method_has_its_own_color_and_marker():
     assert len(set(figures.METHOD_COLORS.values())) == len(figures.METHOD_COLORS)
     assert len(set(figures.METHOD_MARKERS.values())) == len(figures.METHOD_MARKERS)
     assert {"uce", "rece", "esd", "mace", "realera", "trce", "advunlearn"} <= figures.METHOD_COLORS.keys()
+    assert figures.METHOD_COLORS.keys() == {key.partition("-")[0] for key in figures.METHOD_NAMES}
 
 
 def picture(value):
