@@ -83,7 +83,7 @@ def one_matrix(ws, c, c_star, kept, epochs: int) -> tuple[ContextMap, dict[str, 
     with clock(seconds, "gram"):
         gram = closed_form.weight_gram(ws.values()) if epochs else None
     with clock(seconds, "solve"):
-        given = uce.Rows(c, c_star, kept, {})
+        given = closed_form.Rows(c, c_star, kept, {})
         t = uce.solve(given, CONFIG.start)
         for _, after in rece.rounds(t, gram, given, kept, replace(CONFIG, epochs=epochs)):
             t = after

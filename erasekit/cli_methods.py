@@ -15,10 +15,11 @@ from cyclopts import App, Parameter
 import erasekit as ek
 from erasekit.attacks import ATTACKS
 from erasekit.attacks import emoji as stages
-from erasekit.attacks.common import chosen, save, unknowing
+from erasekit.attacks.common import save, unknowing
 from erasekit.evaluate import world
 from erasekit.methods import METHODS
 from erasekit.paths import write_atomically
+from erasekit.settings import chosen
 
 erase = App(
     name="erase", help="Erase concepts from a model and save the edit; the model itself is not changed."
@@ -172,7 +173,7 @@ def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
     victim = loaded.merged(original) if loaded else original.copy()
     if control:
         victim = unknowing(original, torch.Generator().manual_seed(0))
-    config = configured(chosen(module.PRESETS, original, None), given)
+    config = configured(chosen(module.PRESETS, original, None, "sd14"), given)
     result = stages.attack(
         name, victim, original, stages.stage(concept, attempts), config=config, progress=True
     )

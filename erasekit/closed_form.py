@@ -191,6 +191,28 @@ def weight_gram(weights: Iterable[Tensor]) -> Tensor:
     return _gram([weight.detach() for weight in weights])
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The embeddings of one erasure, float64: sources and their targets (n, d), preserved (m, d) or None.
+
+    concepts: the names erased, their anchors, and the names preserved.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    preserved: Tensor | None
+    concepts: dict[str, list[str]]
+
+
+def residuals(context_map: ContextMap, given: Rows) -> dict[str, float]:
+    """erase_residual: ||T c - c*|| over ||c - c*||; preserve_drift: ||T p - p|| over ||p||."""
+    kept, sources, targets = given.preserved, given.sources, given.targets
+    return {
+        "erase_residual": _relative(context_map.apply(sources) - targets, sources - targets),
+        "preserve_drift": 0.0 if kept is None else _relative(context_map.apply(kept) - kept, kept),
+    }
+
+
 def _gram(matrices: Sequence[Tensor], block: int = 4096, columns: int = 192) -> Tensor:
     """sum_i M_i^T M_i in float64, a block of rows and columns at a time; symmetry gives the lower half."""
     d = matrices[0].shape[1]
@@ -220,3 +242,7 @@ def cholesky(gram: Tensor, complaint: str) -> Tensor:
     if info.item() or pivots.min() <= len(gram) * torch.finfo(torch.float64).eps * pivots.max():
         raise ValueError(complaint)
     return factor
+
+
+def _relative(difference: Tensor, size: Tensor) -> float:
+    return float(difference.norm() / size.norm().clamp_min(torch.finfo(torch.float64).tiny))

@@ -141,6 +141,11 @@ class DiffusionModel:
         """{phrase: the concepts it stands for} in the closed emoji world, None where any phrase may do."""
         return _emoji_vocabulary() if self.preset == "emoji" else None
 
+    @property
+    def everything(self) -> tuple[Concept, ...]:
+        """All concepts of the closed emoji world, none where any phrase may do."""
+        return _emoji_concepts() if self.preset == "emoji" else ()
+
     def concepts(self, given: str | Concept | Sequence[str | Concept]) -> tuple[Concept, ...]:
         """`given` as Concepts; in the emoji world text is a known name, synonym, style or "weapon"."""
         return as_concepts(given, self.vocabulary)
@@ -352,6 +357,10 @@ class DiffusionModel:
         tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"))
         return len(tokenizer) - tokenizer.vocab_size
 
+    def edits_in_force(self) -> list[str]:
+        """Digests of the applied edits, with the strength of those that are not applied whole."""
+        return [edit.digest if scale == 1 else f"{edit.digest} x {scale!r}" for edit, scale in self._active]
+
     def check_editable(self) -> None:
         """ValueError, with what to do, where the weights are not those that the model computes with, and an edit would
         change nothing: see `layers.check_editable`.
@@ -459,10 +468,17 @@ def _padded(rows: Tensor, size: int | None) -> Tensor:
 
 
 @cache
+def _emoji_concepts() -> tuple[Concept, ...]:
+    from erasekit.emoji import data
+
+    return tuple(Concept(one.name, synonyms=one.synonyms) for one in data.concepts())
+
+
+@cache
 def _emoji_vocabulary() -> dict[str, tuple[Concept, ...]]:
     from erasekit.emoji import data
 
-    known = {one.name: (Concept(one.name, synonyms=one.synonyms),) for one in data.concepts()}
+    known = {one.name: (one,) for one in _emoji_concepts()}
     synonyms = {word: (Concept(word),) for one in data.concepts() for word in one.synonyms}
     styles = {style: (Concept(style, STYLE_TEMPLATES),) for style in data.STYLES}
     weapons = tuple(known[one.name][0] for one in data.concepts() if one.weapon)

@@ -12,8 +12,10 @@ import erasekit as ek
 from erasekit import models
 from erasekit.concepts import Concept, content_ids
 from erasekit.layers import text_backbone, text_parameters
-from erasekit.methods import advunlearn, esd
+from erasekit.methods import advunlearn
 from erasekit.methods.advunlearn import adversary, attack_loss, slots, turn
+from erasekit.retained import COCO, _sentence, retained
+from erasekit.states import States
 
 SHORT = advunlearn.Config(
     iterations=5, lr=1e-3, batch=2, warmup=1, attack_steps=3, alpha=1e-2, retain_batch=3, sampler=5, noises=2,
@@ -25,7 +27,7 @@ PLACEMENTS = ("prefix", "suffix", "replace", "add")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(esd, "FOLDER", tmp_path)
+    monkeypatch.setattr("erasekit.states.FOLDER", tmp_path)
 
 
 def trained(model, config, seed=0, erase="church", preserve=KEEP, **more):
@@ -49,7 +51,7 @@ def table(model):
 @pytest.fixture
 def points(shared_model):
     """Eight states of one prompt each, batch 2."""
-    states = esd.States(shared_model, ["church", "a church"], 3, 3.0, 5, "cached", 4)
+    states = States(shared_model, ["church", "a church"], 3, 3.0, 5, "cached", 4)
     generator = torch.Generator().manual_seed(1)
     return [states.at(states.pick(torch.tensor([0, 1]), generator)) for _ in range(8)]
 
@@ -404,35 +406,28 @@ def test_the_unet_variant_trains_the_unet(model):
 
 def test_the_retain_set_never_names_what_is_erased(shared_model):
     erased = [Concept("hot dog", synonyms=("sandwich",))]
-    names, prompts = advunlearn.retained(shared_model, erased, [], ("a photo of {}", "{} in ink style"))
+    names, prompts = retained(shared_model, erased, [], ("a photo of {}", "{} in ink style"))
     assert not {"hot dog", "dog", "sandwich"} & set(names) and len(names) == 77
     assert prompts[:2] == ["a photo of person", "bicycle in ink style"]
-    _, with_null = advunlearn.retained(shared_model, erased, [], ("{}",), null=True)
+    _, with_null = retained(shared_model, erased, [], ("{}",), null=True)
     assert with_null[-1] == "" and len(with_null) == 78
-    names, style = advunlearn.retained(
-        shared_model, [Concept("ink")], [], ("a photo of {}", "{} in ink style")
-    )
+    names, style = retained(shared_model, [Concept("ink")], [], ("a photo of {}", "{} in ink style"))
     assert len(names) == 80 and not any("ink" in prompt.split() for prompt in style)
     # what the caller names is kept, but for the erased concept itself
     keep = [Concept(name) for name in ("dog", "hot dog", "sandwich roll")]
-    assert advunlearn.retained(shared_model, erased, keep, ("a {}",))[0] == ["dog", "sandwich roll"]
+    assert retained(shared_model, erased, keep, ("a {}",))[0] == ["dog", "sandwich roll"]
     # common words are nobody's
-    assert (
-        len(
-            advunlearn.retained(shared_model, [Concept("photo of a hat in style")], [], ("a photo of {}",))[0]
-        )
-        == 80
-    )
+    assert len(retained(shared_model, [Concept("photo of a hat in style")], [], ("a photo of {}",))[0]) == 80
     with pytest.raises(ValueError, match="nothing is left to retain"):
-        advunlearn.retained(shared_model, [Concept("ink")], [], ("{} in ink style",))
+        retained(shared_model, [Concept("ink")], [], ("{} in ink style",))
 
 
 def test_similar_names_are_dropped(shared_model):
     erased, keep = [Concept("church")], [Concept(name) for name in KEEP]
-    similarity = lambda limit: advunlearn.retained(
-        shared_model, erased, keep, SHORT.retain_templates, similarity=limit
-    )[0]
-    row = lambda name: torch.nn.functional.normalize(advunlearn._sentence(shared_model, [name]), dim=1)[0]
+    similarity = lambda limit: retained(shared_model, erased, keep, SHORT.retain_templates, similarity=limit)[
+        0
+    ]
+    row = lambda name: torch.nn.functional.normalize(_sentence(shared_model, [name]), dim=1)[0]
     near = {name: float(row(name) @ row("church")) for name in KEEP}
     middle = sorted(near.values())[2]
     assert (
@@ -443,8 +438,8 @@ def test_similar_names_are_dropped(shared_model):
 
 
 def test_without_a_list_the_world_or_coco_is_retained(shared_model):
-    names, prompts = advunlearn.retained(shared_model, [Concept("dog")], [], ("a photo of {}",))
-    assert len(advunlearn.COCO) == len(set(advunlearn.COCO)) == 80
+    names, prompts = retained(shared_model, [Concept("dog")], [], ("a photo of {}",))
+    assert len(COCO) == len(set(COCO)) == 80
     assert len(names) == 78 and "hot dog" not in names  # nor "dog"
     assert prompts[0] == "a photo of person"
 
@@ -508,7 +503,7 @@ def test_text_encoder_edits_compose(model):
 
 
 def test_an_interrupted_training_goes_on(shared_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+    monkeypatch.setattr("erasekit.tuning.SAVE_EVERY", 2)
     config = replace(SHORT, iterations=6, start="latest", batch=1)
     whole, edit = trained(shared_model, config)
 

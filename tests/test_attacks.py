@@ -11,7 +11,7 @@ from conftest import tiny_pipeline
 from diffusers import DDIMScheduler
 
 import erasekit as ek
-from erasekit import models
+from erasekit import models, tokens
 from erasekit.attacks import (
     ATTACKS,
     common,
@@ -231,19 +231,19 @@ def test_rows_of_the_ids_give_the_stock_encoding_and_others_do_not(shared_model)
 def test_layout_keeps_every_token_and_refuses_what_does_not_fit(shared_model):
     tokenizer = shared_model.tokenizer
     contents = [content_ids(tokenizer, text) for text in PROMPTS]
-    ids, free = common.layout(tokenizer, contents)
+    ids, free = tokens.layout(tokenizer, contents)
     assert torch.equal(ids, token_ids(tokenizer, PROMPTS)) and not free.any()  # k = 0 is the prompt
-    ids, free = common.layout(tokenizer, [[None, None, *contents[0]]])
+    ids, free = tokens.layout(tokenizer, [[None, None, *contents[0]]])
     assert free[0].nonzero().flatten().tolist() == [1, 2]
     assert ids[0, 3 : 3 + len(contents[0])].tolist() == contents[0]
     with pytest.raises(ValueError, match="23 tokens with the adversarial ones, the limit is 22"):
-        common.layout(tokenizer, [[None] * 23])
+        tokens.layout(tokenizer, [[None] * 23])
 
 
 def test_gradients_reach_the_free_rows_alone(shared_model):
-    ids, free = common.layout(shared_model.tokenizer, [[None, *content_ids(shared_model.tokenizer, "a dog")]])
+    ids, free = tokens.layout(shared_model.tokenizer, [[None, *content_ids(shared_model.tokenizer, "a dog")]])
     rows = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    common.embed(shared_model.text_encoder, ids, free, rows)[0, 3, 0].backward()
+    tokens.embed(shared_model.text_encoder, ids, free, rows)[0, 3, 0].backward()
     assert rows.grad.abs().sum() > 0
     assert all(p.grad is None for p in shared_model.unet.parameters())
     shared_model.text_encoder.zero_grad(set_to_none=True)
@@ -251,12 +251,12 @@ def test_gradients_reach_the_free_rows_alone(shared_model):
 
 def test_the_search_vocabulary(shared_model):
     tokenizer = shared_model.tokenizer
-    everything, stable = common.vocabulary(tokenizer, False), common.vocabulary(tokenizer, True)
+    everything, stable = tokens.vocabulary(tokenizer, False), tokens.vocabulary(tokenizer, True)
     assert not set(everything.tolist()) & set(tokenizer.all_special_ids)
     assert set(stable.tolist()) < set(everything.tolist())
     for token in stable.tolist():
-        assert content_ids(tokenizer, common.as_text(tokenizer, [token])) == [token]
-    blocked = common.vocabulary(tokenizer, False, ["church"])
+        assert content_ids(tokenizer, tokens.as_text(tokenizer, [token])) == [token]
+    blocked = tokens.vocabulary(tokenizer, False, ["church"])
     assert not any("church" in tokenizer.decode([t]) for t in blocked.tolist())
     assert any("church" in tokenizer.decode([t]) for t in everything.tolist())  # control
 
@@ -388,7 +388,7 @@ def test_the_best_member_is_never_lost_unless_faithful():
 
 def test_without_a_shift_the_prompt_itself_is_the_best_text(shared_model):
     prompt = content_ids(shared_model.tokenizer, "a dog in ink")
-    ids, _ = common.layout(shared_model.tokenizer, [prompt, prompt[::-1], [5, 6, 7, 8]])
+    ids, _ = tokens.layout(shared_model.tokenizer, [prompt, prompt[::-1], [5, 6, 7, 8]])
     with torch.no_grad():
         distance = (
             (shared_model.text_encoder(ids)[0] - shared_model.encode("a dog in ink")).square().sum((1, 2))

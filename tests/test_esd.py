@@ -11,6 +11,7 @@ import erasekit as ek
 from erasekit import models
 from erasekit.layers import unet_parameters
 from erasekit.methods import esd
+from erasekit.states import STATE, Picks, State, States, cached
 
 SHORT = esd.Config(
     iterations=4, lr=1e-3, batch=2, sampler=5, noises=2, states="cached", templates=("{}", "a {}")
@@ -29,7 +30,7 @@ def losses(model, config, seed=0, **more):
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    monkeypatch.setattr(esd, "FOLDER", tmp_path)
+    monkeypatch.setattr("erasekit.states.FOLDER", tmp_path)
     return tmp_path
 
 
@@ -38,13 +39,13 @@ pytestmark = pytest.mark.usefixtures("there")
 
 def states(model, **changes):
     given = dict(guidance=3.0, sampler=5, states="frozen", noises=3, faithful=False) | changes
-    return esd.States(model, ["church", "a dog", ""], 11, **given)
+    return States(model, ["church", "a dog", ""], 11, **given)
 
 
-def every(of: esd.States, prompt: int = 0, noise: int = 1) -> esd.Picks:
+def every(of: States, prompt: int = 0, noise: int = 1) -> Picks:
     """All nodes of one way."""
     rows = lambda value: torch.full((of.sampler,), value)
-    return esd.Picks(rows(prompt), rows(noise), torch.arange(of.sampler), rows(7))
+    return Picks(rows(prompt), rows(noise), torch.arange(of.sampler), rows(7))
 
 
 # The target
@@ -52,7 +53,7 @@ def every(of: esd.States, prompt: int = 0, noise: int = 1) -> esd.Picks:
 
 def test_the_target_leads_from_the_prompt_away(generator):
     draw = lambda: torch.randn(2, 4, 8, 8, generator=generator)
-    state = esd.State(draw(), torch.tensor([1, 2]), draw(), draw())
+    state = State(draw(), torch.tensor([1, 2]), draw(), draw())
     assert torch.equal(state.target(0.0), state.uncond)
     assert torch.allclose(state.target(-1.0), state.text, atol=1e-6)
     middle = (state.target(1.0) + state.target(3.0)) / 2
@@ -94,7 +95,7 @@ def test_the_models_own_sampler_does_not_matter(shared_model):
         other = models.load(pipeline)
         for source in ("frozen", "cached"):
             found = states(other, states=source).at(every(states(other)))
-            for name in esd.STATE:
+            for name in STATE:
                 assert torch.allclose(
                     getattr(found, name).float(), getattr(wanted, name).float(), atol=1e-4
                 ), kind
@@ -114,9 +115,9 @@ def test_half_precision_learns_like_single_precision(shared_model):
 def test_cached_states_are_drawn_once(shared_model, tmp_path, monkeypatch):
     picks = every(states(shared_model))
     first = states(shared_model, states="cached", folder=tmp_path).at(picks)
-    monkeypatch.setattr(esd, "walk", lambda *args, **kwargs: pytest.fail("drawn again"))
+    monkeypatch.setattr("erasekit.states.walk", lambda *args, **kwargs: pytest.fail("drawn again"))
     again = states(shared_model, states="cached", folder=tmp_path).at(picks)
-    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in esd.STATE)
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in STATE)
     with pytest.raises(pytest.fail.Exception):  # other guidance, other states
         states(shared_model, states="cached", folder=tmp_path, guidance=4.0)
 
@@ -132,7 +133,7 @@ def test_what_is_kept_survives_a_kill_and_shows_damage(shared_model, tmp_path, m
         made.append(part.start)
         return {"x": torch.arange(part.start, part.stop).float(), "y": torch.ones(part.stop - part.start, 2)}
 
-    keep = lambda what, make: esd.kept(shared_model, tmp_path, what, 10, make)["x"].tolist()
+    keep = lambda what, make: cached(shared_model, tmp_path, what, 10, make)["x"].tolist()
     with pytest.raises(KeyboardInterrupt):
         keep(["a"], lambda part: rows(part, until=8))
     assert keep(["a"], rows) == list(range(10)) and made == [0, 4, 8]
@@ -180,7 +181,7 @@ def test_the_lag_of_the_code(shared_model, monkeypatch):
     for node, expected in enumerate([4, 4, 3, 2, 1]):
         calls.clear()
         one = lambda value: torch.tensor([value])
-        lagging.at(esd.Picks(one(0), one(0), one(node), one(0)))
+        lagging.at(Picks(one(0), one(0), one(node), one(0)))
         assert len(calls) == expected + 1  # and one for the targets
 
 
@@ -304,7 +305,7 @@ def test_training_comes_nearer_to_the_target(shared_model):
     config = dataclasses.replace(SHORT, iterations=60, batch=4, lr=3e-3)
     _, edit = losses(shared_model, config)
     points = states(shared_model, noises=8)
-    here = esd.Picks(torch.zeros(16, dtype=int), torch.arange(16) % 8, torch.arange(16) % 5, torch.zeros(16))
+    here = Picks(torch.zeros(16, dtype=int), torch.arange(16) % 8, torch.arange(16) % 5, torch.zeros(16))
     state = points.at(here)
     text = points.text[here.prompt]
 
@@ -322,7 +323,7 @@ def test_training_comes_nearer_to_the_target(shared_model):
 
 
 def test_an_interrupted_training_goes_on(shared_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+    monkeypatch.setattr("erasekit.tuning.SAVE_EVERY", 2)
     config = dataclasses.replace(SHORT, iterations=6)
     whole, edit = losses(shared_model, config, folder=tmp_path / "whole")
     assert not list((tmp_path / "whole").glob("esd-*"))  # no checkpoint outlives its use
@@ -392,7 +393,7 @@ def test_bad_calls(shared_model):
 
 
 def test_checkpoints_of_edited_and_unedited_models_are_apart(shared_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+    monkeypatch.setattr("erasekit.tuning.SAVE_EVERY", 2)
 
     def stop(state):
         if state["step"] == 3:

@@ -738,9 +738,9 @@ def test_an_edit_at_half_strength_is_another_run(model, tmp_path):
         ek.closed_form.ContextMap(-torch.eye(32).double(), torch.eye(32).double()), model
     )
     with edit.applied(model):
-        whole = runs.edits_in_force(model)
+        whole = model.edits_in_force()
     with edit.applied(model, scale=0.5):
-        half = runs.edits_in_force(model)
+        half = model.edits_in_force()
     assert whole == [edit.digest] != half
 
 

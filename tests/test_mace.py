@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import literal_erase, tiny_pipeline
 
-from erasekit import closed_form, models
+from erasekit import closed_form, models, states
 from erasekit.concepts import Concept, content_ids, token_ids
 from erasekit.layers import attention_with_gradient, cross_attention_kv, record_attention
-from erasekit.methods import esd, mace
+from erasekit.methods import mace
 
 SHORT = mace.Config(
     anchor="house", templates=("{}", "a {}", "a {} in ink style"), keep_templates=("a {}",), lambda_1=1e-2,
@@ -21,7 +21,7 @@ KEEP = ["dog", "castle"]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(esd, "FOLDER", tmp_path)
+    monkeypatch.setattr("erasekit.states.FOLDER", tmp_path)
 
 
 def fitted(model, config=SHORT, seed=0, erase="church", **more):
@@ -190,7 +190,7 @@ def test_an_empty_choice_can_be_trained():
 
 
 def test_an_interrupted_call_goes_on_with_the_concept_it_was_at(shared_model, monkeypatch):
-    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+    monkeypatch.setattr("erasekit.tuning.SAVE_EVERY", 2)
     whole, edit = fitted(shared_model, erase=["church", "art"])
 
     class Killed(Exception):
@@ -212,7 +212,7 @@ def test_an_interrupted_call_goes_on_with_the_concept_it_was_at(shared_model, mo
     rest, resumed = fitted(shared_model, erase=["church", "art"])
     assert [(s["concept"], s["step"]) for s in rest[1:]] == [("art", 2), ("art", 3)]
     assert resumed.digest == edit.digest
-    assert not list(esd.FOLDER.glob("mace-*"))
+    assert not list(states.FOLDER.glob("mace-*"))
 
 
 def test_a_fresh_adapter_does_nothing_and_training_lowers_the_attention(shared_model):

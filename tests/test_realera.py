@@ -11,7 +11,8 @@ from conftest import literal_erase, tiny_pipeline
 from erasekit import closed_form, models
 from erasekit.concepts import Concept, content_ids
 from erasekit.layers import cross_attention_kv
-from erasekit.methods import esd, mace, realera
+from erasekit.methods import mace, realera
+from erasekit.states import States
 
 SHORT = realera.Config(
     anchor="house", templates=("{}", "a {}"), keep_templates=("a {}",), mode="shell", n=3, m=2, lora_n=2, lora_m=2,
@@ -23,7 +24,7 @@ MODES = ("toward_gaussian", "shell", "subspace")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(esd, "FOLDER", tmp_path)
+    monkeypatch.setattr("erasekit.states.FOLDER", tmp_path)
 
 
 def fitted(model, config=SHORT, seed=0, erase="church", **more):
@@ -288,10 +289,10 @@ def test_neither_a_kept_word_nor_its_direction(shared_model):
 
 def test_focal_time_steps(shared_model, monkeypatch):
     for focal in (True, False):
-        nodes, at = [], esd.States.at
+        nodes, at = [], States.at
         with monkeypatch.context() as patch:
             patch.setattr(
-                esd.States, "at", lambda self, picks, n=nodes, at=at: n.append(picks.node) or at(self, picks)
+                States, "at", lambda self, picks, n=nodes, at=at: n.append(picks.node) or at(self, picks)
             )
             fitted(
                 shared_model,
@@ -302,7 +303,7 @@ def test_focal_time_steps(shared_model, monkeypatch):
 
 
 def test_an_interrupted_call_goes_on_and_another_anchor_does_not(shared_model, monkeypatch):
-    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+    monkeypatch.setattr("erasekit.tuning.SAVE_EVERY", 2)
     whole, edit = fitted(shared_model)
 
     class Killed(Exception):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import LENGTH, WIDTH, tiny_pipeline
 from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
@@ -160,6 +161,14 @@ def test_a_lora_is_refused_in_whatever_state(state, with_lora, edit, tmp_path):
     refused(with_lora, edit, tmp_path, LOADED if "unloaded" in state else FUSED)
     with pytest.raises(ValueError):
         with_lora.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["uce", "advunlearn"])
+def test_an_adapter_in_the_text_encoder_is_refused_too(method, model, edit, tmp_path):
+    model.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    refused(model, edit, tmp_path, LOADED)
+    with pytest.raises(ValueError, match="loaded in text_encoder"):
+        getattr(ek, method).fit(model, "church")
 
 
 def test_a_lora_fused_and_unloaded_is_another_model(with_lora, edit, tmp_path):

@@ -10,11 +10,11 @@ from conftest import literal_erase, tiny_pipeline
 from diffusers import UNet2DConditionModel
 
 import erasekit as ek
-from erasekit import closed_form, models
+from erasekit import closed_form, models, tuning
 from erasekit.concepts import Concept, content_ids
 from erasekit.emoji import data
 from erasekit.layers import cross_attention_kv, unet_parameters
-from erasekit.methods import esd, trce
+from erasekit.methods import trce
 from erasekit.sampling import walk
 
 SHORT = trce.Config(
@@ -28,7 +28,7 @@ KEEP = ["dog", "castle", "art"]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(esd, "FOLDER", tmp_path)
+    monkeypatch.setattr("erasekit.states.FOLDER", tmp_path)
 
 
 def fitted(model, config=SHORT, seed=0, erase=CHURCH, preserve=KEEP, **more):
@@ -385,7 +385,7 @@ def test_the_codes_gradients_add_up(shared_model):
         module.x = torch.nn.Parameter(torch.zeros(3))
         slopes = torch.tensor([[1.0, -1, 0], [-3, 1, 0], [1, 1, 0]])
         config = replace(SHORT, iterations=3, lr=0.1)
-        esd.descend(
+        tuning.descend(
             "toy", shared_model, module, lambda step, g, m=module, s=slopes: {"loss": m.x @ s[step]}, config, [],
             torch.Generator(), None, None, False, clear=clear,
         )  # fmt: skip
@@ -421,7 +421,7 @@ def test_two_stages_in_one_edit(model, tmp_path):
 
 
 def test_an_interrupted_training_goes_on_with_its_gradients(shared_model, monkeypatch):
-    monkeypatch.setattr(esd, "SAVE_EVERY", 2)
+    monkeypatch.setattr("erasekit.tuning.SAVE_EVERY", 2)
     config = replace(SHORT, stages="trajectory", iterations=6, faithful=True)
     whole, edit = fitted(shared_model, config)
 

@@ -9,11 +9,9 @@ prompts and seeds are zipped as in `generate`; each pair is one attempt. The mod
 success. Attacks find a text, an embedding, latents or weights, draw with it, and ask the judge.
 """
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,14 +22,15 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from erasekit.concepts import content_ids, token_ids
+from erasekit.concepts import token_ids
 from erasekit.evaluate import metrics, runs
 from erasekit.evaluate.judges import JUDGES, checked
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
-from erasekit.layers import encode_rows, text_backbone
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, write_atomically
 from erasekit.sampling import ddim
+from erasekit.tokens import fits
+from erasekit.tuning import digest
 
 FOLDER = BUILD / "attacks"
 
@@ -262,7 +261,7 @@ class Setting:
             json.loads(json.dumps(asdict(self.config), default=str)),
             attempts,
             self.model.fingerprint(),
-            tuple(runs.edits_in_force(self.model)),
+            tuple(self.model.edits_in_force()),
             learned,
             tuple(course),
         )
@@ -304,7 +303,7 @@ def prepare(
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} attempts and {len(each)} generators: give one, or one each")
     own = [int(torch.randint(2**62, (), generator=one)) for one in each]
-    settings = [attack, runs.model_key(model, runs.edits_in_force(model), protocol, None), protocol.hash]
+    settings = [attack, runs.model_key(model, model.edits_in_force(), protocol, None), protocol.hash]
     settings += [type(config).__module__, asdict(config), own, [digest(one) for one in depends]]
     key = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:24]
     verdicts = tuple(bool(value) for value in raw.values(goal))
@@ -312,107 +311,7 @@ def prepare(
     return Setting(attack, needs, model, protocol, config, verdicts, tuple(own), place, progress)
 
 
-def digest(thing) -> str:
-    """SHA-256 of a tensor, picture, model, text, or a sequence of them."""
-    if isinstance(thing, Tensor):
-        content = (
-            str(tuple(thing.shape)).encode() + thing.detach().double().cpu().contiguous().numpy().tobytes()
-        )
-    elif isinstance(thing, Image):
-        content = str(thing.size).encode() + thing.convert("RGB").tobytes()
-    elif isinstance(thing, DiffusionModel):
-        content = json.dumps([thing.fingerprint(), runs.edits_in_force(thing)]).encode()
-    elif isinstance(thing, Sequence) and not isinstance(thing, str):
-        content = "".join(map(digest, thing)).encode()
-    else:
-        content = repr(thing).encode()
-    return hashlib.sha256(content).hexdigest()
-
-
-def chosen(presets: dict, model: DiffusionModel, config):
-    """`config`, or the preset of the model."""
-    return config or presets["emoji" if model.preset == "emoji" else "sd14"]
-
-
-def check(config, **least) -> None:
-    """ValueError unless each named field is a number of at least the given one."""
-    for name, minimum in least.items():
-        value = getattr(config, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not minimum <= value < float("inf")
-        ):
-            raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-    for field in dataclasses.fields(config):
-        if field.type in (int, "int") and not isinstance(getattr(config, field.name), int):
-            raise ValueError(f"{field.name} must be a whole number, got {getattr(config, field.name)!r}")
-
-
 # Tokens
-
-
-def layout(tokenizer, contents: Sequence[Sequence[int | None]]) -> tuple[Tensor, Tensor]:
-    """Token ids (n, length) of contents between start and end token, and the mask (n, length) of the free ones (None).
-
-    ValueError when a content is too long: nothing is cut off.
-    """
-    limit, ids = tokenizer.model_max_length, []
-    for content in contents:
-        if len(content) + 2 > limit:
-            raise ValueError(
-                f"{len(content)} tokens with the adversarial ones, the limit is {limit - 2} (plus start and end): "
-                "use a shorter prompt or fewer tokens"
-            )
-        row = [tokenizer.bos_token_id, *content, tokenizer.eos_token_id]
-        ids.append(row + [tokenizer.pad_token_id] * (limit - len(row)))
-    free = torch.tensor([[one is None for one in row] for row in ids])
-    return torch.tensor([[0 if one is None else one for one in row] for row in ids]), free
-
-
-def embed(text_encoder: torch.nn.Module, ids: Tensor, free: Tensor, rows: Tensor) -> Tensor:
-    """Text embeddings (n, length, d) of ids whose free tokens have the embeddings `rows` (number of free, d), in order.
-
-    Gradients reach `rows` and the encoder's layers, never its embedding table.
-    """
-    table = text_backbone(text_encoder).embeddings.token_embedding.weight.detach()
-    ids, free = ids.to(table.device), free.to(table.device)
-    fixed = table[ids].float()
-    filled = fixed.masked_scatter(free.unsqueeze(-1), rows.float())
-    return encode_rows(text_encoder, ids, filled)
-
-
-def vocabulary(tokenizer, stable: bool = True, blocked: Sequence[str] = ()) -> Tensor:
-    """Ids that a token search may use: no special tokens; with `stable` only those that are their own tokenisation
-    once they are text; none whose text holds one of the `blocked` words.
-    """
-    special = set(tokenizer.all_special_ids)
-    found = []
-    for token in range(len(tokenizer)):
-        if token in special:
-            continue
-        text = tokenizer.decode([token]).strip()
-        if any(word.lower() in text.lower() for word in blocked):
-            continue
-        if not stable or (text and content_ids(tokenizer, text) == [token]):
-            found.append(token)
-    if not found:
-        raise ValueError("no token is left to search with: block less")
-    return torch.tensor(found)
-
-
-def as_text(tokenizer, ids: Sequence[int]) -> str:
-    """What the ids read as."""
-    return " ".join(tokenizer.decode(list(ids)).split())
-
-
-def fits(tokenizer, text: str) -> bool:
-    """Whether the text can be given to the model as it is."""
-    try:
-        token_ids(tokenizer, [text])
-    except ValueError:
-        return False
-    return bool(text.strip())
 
 
 # The diffusion loss
@@ -477,16 +376,3 @@ def unknowing(model: DiffusionModel, generator: torch.Generator) -> DiffusionMod
             )
     copied.pipeline.text_encoder = fresh.to(model.device, model.dtype).eval()
     return copied
-
-
-@contextmanager
-def frozen(*modules: torch.nn.Module) -> Iterator[None]:
-    """No parameter of the modules wants a gradient inside the block; what passes through them still gets one."""
-    wanted = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    try:
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, before in wanted:
-            parameter.requires_grad_(before)

@@ -17,6 +17,7 @@ from erasekit.attacks.common import AttackResult, Measure
 from erasekit.attacks.ring_a_bell import concept_vector
 from erasekit.evaluate import runs
 from erasekit.models import DiffusionModel
+from erasekit.settings import check, chosen
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Config:
     guidance: float = 7.5
 
     def __post_init__(self):
-        common.check(self, steps=1)
+        check(self, steps=1)
         if not self.eta:
             raise ValueError("give at least one eta")
 
@@ -53,7 +54,7 @@ def run(
     progress: bool = False,
 ) -> AttackResult:
     """Every prompt and seed with each eta, until one succeeds; see `attacks.common`. `learned` is c^, (length, d)."""
-    config = common.chosen(PRESETS, model, config)
+    config = chosen(PRESETS, model, config, "sd14")
     setting = common.prepare(
         "concept vector", "text encoder, embedding input", model, prompts, seeds, goal, config, generator,
         depends=[list(map(list, pairs))], folder=folder, progress=progress,

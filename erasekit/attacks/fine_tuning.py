@@ -16,6 +16,7 @@ from PIL.Image import Image
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.models import DiffusionModel, copied
+from erasekit.settings import check, chosen
 from erasekit.training import constant, optimize
 
 
@@ -36,7 +37,7 @@ class Config:
     guidance: float = 7.5
 
     def __post_init__(self):
-        common.check(self, updates=1, every=1, alpha=0, batch=1, drop=0, steps=1)
+        check(self, updates=1, every=1, alpha=0, batch=1, drop=0, steps=1)
         if self.updates % self.every:
             raise ValueError(f"updates must be a multiple of every, got {self.updates} and {self.every}")
 
@@ -90,7 +91,7 @@ def run(
     pictures, captions: without the concept; that is the caller's to see to. `reached` is the verdict after the last
     update, the trace has the ones before. callback: step and loss at every update.
     """
-    config = common.chosen(PRESETS, model, config)
+    config = chosen(PRESETS, model, config, "sd14")
     if len(pictures) != len(captions) or not pictures:
         raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give as many of each")
     setting = common.prepare(

@@ -25,6 +25,7 @@ from torch import Tensor
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.models import DiffusionModel
+from erasekit.settings import check, chosen
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config:
     guidance: float = 7.5
 
     def __post_init__(self):
-        common.check(self, iterations=1, batch=1, steps=1)
+        check(self, iterations=1, batch=1, steps=1)
 
 
 PRESETS = {"emoji": Config(steps=25, guidance=3.0), "sd14": Config()}  # ours
@@ -105,7 +106,7 @@ def run(
     targets: a picture of the concept per attempt. The prompts are only drawn as they are, for comparison. trace: the
     error of the picture that comes back, root mean square over the latent.
     """
-    config = common.chosen(PRESETS, model, config)
+    config = chosen(PRESETS, model, config, "sd14")
     setting = common.prepare(
         "latent inversion", "victim's weights, a picture of the concept, latent input", model, prompts, seeds, goal,
         config, generator, depends=list(targets), folder=folder, progress=progress,

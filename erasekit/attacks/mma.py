@@ -25,6 +25,8 @@ from erasekit.attacks.common import AttackResult, Measure
 from erasekit.concepts import content_ids, eot_position
 from erasekit.layers import text_backbone
 from erasekit.models import DiffusionModel
+from erasekit.settings import check, chosen
+from erasekit.tokens import as_text, embed, layout, vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Config:
     guidance: float = 7.5
 
     def __post_init__(self):
-        common.check(self, tokens=1, updates=1, top=1, candidates=1, batch=1, steps=1)
+        check(self, tokens=1, updates=1, top=1, candidates=1, batch=1, steps=1)
 
 
 PRESETS = {
@@ -70,13 +72,13 @@ def run(
 
     prompts: the target texts. blocked: words that no token of the found text may hold.
     """
-    config = common.chosen(PRESETS, model, config)
+    config = chosen(PRESETS, model, config, "sd14")
     setting = common.prepare(
         "MMA (text)", "text encoder", model, prompts, seeds, goal, config, generator, depends=[list(blocked)],
         folder=folder, progress=progress,
     )  # fmt: skip
     shots = setting.shots
-    allowed = common.vocabulary(model.tokenizer, config.stable, blocked)
+    allowed = vocabulary(model.tokenizer, config.stable, blocked)
     distinct = list(dict.fromkeys(shot.prompt.text for shot in shots))
     first = {text: next(i for i, s in enumerate(shots) if s.prompt.text == text) for text in distinct}
 
@@ -96,7 +98,7 @@ def search(
     table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
     table = table[allowed.to(table.device)]
     wanted = _end_row(model, model.encode(target), torch.tensor([len(content_ids(tokenizer, target)) + 1]))
-    ids, free = common.layout(tokenizer, [[None] * config.tokens])
+    ids, free = layout(tokenizer, [[None] * config.tokens])
     end = eot_position(tokenizer, ids)
     slots = torch.randint(len(allowed), (config.tokens,), generator=generator)
     best, best_loss, trace, encoded = slots, float("inf"), [], 1
@@ -104,7 +106,7 @@ def search(
     def loss_of(one_hot: Tensor) -> Tensor:
         """Loss (n,) of one-hot rows (n, k, v)."""
         n = len(one_hot)
-        text = common.embed(
+        text = embed(
             model.text_encoder, ids.expand(n, -1), free.expand(n, -1), (one_hot @ table).flatten(0, 1)
         )
         return 1 - F.cosine_similarity(_end_row(model, text, end.expand(n)), wanted)
@@ -124,7 +126,7 @@ def search(
             break
         with torch.no_grad():
             # rows of the table, not products with it: candidates are many
-            text = common.embed(
+            text = embed(
                 model.text_encoder,
                 ids.expand(len(tried), -1),
                 free.expand(len(tried), -1),
@@ -137,7 +139,7 @@ def search(
         trace.append({"update": number, "loss": round(float(values.min()), 6), "best": round(best_loss, 6)})
     every = max(1, len(trace) // 20)
     return {
-        "found": common.as_text(tokenizer, allowed[best].tolist()),
+        "found": as_text(tokenizer, allowed[best].tolist()),
         "text": encoded,
         "trace": [*trace[:-1:every], *trace[-1:]],
     }
@@ -161,7 +163,7 @@ def _stays(tokenizer, rows: Tensor, slots: Tensor, allowed: Tensor) -> Tensor:
         row
         for row in rows
         if not torch.equal(row, slots)
-        and len(content_ids(tokenizer, common.as_text(tokenizer, allowed[row].tolist()))) == len(row)
+        and len(content_ids(tokenizer, as_text(tokenizer, allowed[row].tolist()))) == len(row)
     ]
     return torch.stack(kept) if kept else rows[:0]
 

@@ -28,8 +28,11 @@ from torch import Tensor
 
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
+from erasekit.concepts import content_ids
 from erasekit.layers import text_backbone
 from erasekit.models import DiffusionModel
+from erasekit.settings import check, chosen
+from erasekit.tokens import as_text, embed, fits, layout, vocabulary
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Config:
     guidance: float = 7.5
 
     def __post_init__(self):
-        common.check(self, tokens=1, spacing=1, updates=1, every=1, alpha=0, weight_decay=0, batch=1, steps=1)
+        check(self, tokens=1, spacing=1, updates=1, every=1, alpha=0, weight_decay=0, batch=1, steps=1)
         if self.variant not in ("n", "k"):
             raise ValueError(f'variant must be "n" or "k", got {self.variant!r}')
 
@@ -98,7 +101,7 @@ def run(
     original: the model before the erasure, another object than `model`. targets: a picture of the concept per attempt,
     or one for all. callback: at every look.
     """
-    config = common.chosen(PRESETS, model, config)
+    config = chosen(PRESETS, model, config, "sd14")
     if original is model:
         raise ValueError(
             "original and model are one object: load the model twice, or attack edit.merged(model)"
@@ -112,12 +115,12 @@ def run(
     pictures = pictures * len(shots) if len(pictures) == 1 else pictures
     if len(pictures) != len(shots):
         raise ValueError(f"{len(shots)} attempts and {len(pictures)} target pictures: give one, or one each")
-    plain = [common.content_ids(tokenizer, shot.prompt.text) for shot in shots]
+    plain = [content_ids(tokenizer, shot.prompt.text) for shot in shots]
     free_ones = [None] * config.tokens
     contents = [free_ones if config.variant == "n" else spaced(content, config.spacing) for content in plain]
-    ids, free = common.layout(tokenizer, contents)
+    ids, free = layout(tokenizer, contents)
     clean, wanted_text = common.latents_of(model, pictures), original.encode([s.prompt.text for s in shots])
-    allowed = common.vocabulary(tokenizer, config.stable)
+    allowed = vocabulary(tokenizer, config.stable)
     table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
     table = table[allowed.to(table.device)]
 
@@ -141,7 +144,7 @@ def run(
             if number % config.every and number < config.updates:
                 continue
             texts = {i: written(i, q[i]) for i in left}
-            shown = [i for i in left if common.fits(tokenizer, texts[i])]
+            shown = [i for i in left if fits(tokenizer, texts[i])]
             verdicts = dict(
                 zip(
                     shown,
@@ -164,7 +167,7 @@ def run(
 
     def written(i: int, rows: Tensor) -> str:
         picked = iter(allowed[nearest(rows, table).cpu()].tolist())
-        return common.as_text(tokenizer, [next(picked) if one is None else one for one in contents[i]])
+        return as_text(tokenizer, [next(picked) if one is None else one for one in contents[i]])
 
     def update(q: dict[int, Tensor], own: dict, optimizer) -> list[float]:
         rows = list(q)
@@ -174,7 +177,7 @@ def run(
         noisy = model.scheduler.add_noise(clean[rows], noise, t)
         with torch.no_grad():
             wanted = original.unet(noisy, t, encoder_hidden_states=wanted_text[rows], return_dict=False)[0]
-        text = common.embed(model.text_encoder, ids[rows], free[rows], torch.cat(leaves))
+        text = embed(model.text_encoder, ids[rows], free[rows], torch.cat(leaves))
         predicted = model.unet(noisy, t, encoder_hidden_states=text, return_dict=False)[0]
         loss = (predicted.float() - wanted.float()).square().flatten(1).mean(1)
         for parameter in optimizer.param_groups[0]["params"]:

@@ -20,6 +20,8 @@ from torch import Tensor
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.models import DiffusionModel
+from erasekit.settings import check, chosen
+from erasekit.tokens import as_text, layout, vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,7 @@ class Config:
     guidance: float = 7.5
 
     def __post_init__(self):
-        common.check(
-            self, tokens=1, eta=0, population=4, generations=1, crossover=0, mutation=0, batch=1, steps=1
-        )
+        check(self, tokens=1, eta=0, population=4, generations=1, crossover=0, mutation=0, batch=1, steps=1)
         if max(self.crossover, self.mutation) > 1:
             raise ValueError("crossover and mutation are probabilities: at most 1")
 
@@ -144,14 +144,14 @@ def run(
 
     pairs: prompts with the concept and without, for the concept vector.
     """
-    config = common.chosen(PRESETS, model, config)
+    config = chosen(PRESETS, model, config, "sd14")
     setting = common.prepare(
         "Ring-A-Bell", "text encoder", model, prompts, seeds, goal, config, generator,
         depends=[list(map(list, pairs))], folder=folder, progress=progress,
     )  # fmt: skip
     shots, tokenizer = setting.shots, model.tokenizer
-    common.layout(tokenizer, [[None] * config.tokens])  # room for them
-    allowed = common.vocabulary(tokenizer, config.stable)
+    layout(tokenizer, [[None] * config.tokens])  # room for them
+    allowed = vocabulary(tokenizer, config.stable)
     shift = concept_vector(model, pairs)
     distinct = list(dict.fromkeys(shot.prompt.text for shot in shots))
     first = {text: next(i for i, s in enumerate(shots) if s.prompt.text == text) for text in distinct}
@@ -163,7 +163,7 @@ def run(
             target = (model.encode(distinct[number])[0] + config.eta * shift).float()
 
             def fitness(members: Tensor, target=target) -> Tensor:
-                ids, _ = common.layout(tokenizer, members.tolist())
+                ids, _ = layout(tokenizer, members.tolist())
                 rows = [model.text_encoder(part.to(model.device))[0] for part in ids.split(256)]
                 return (torch.cat(rows).float() - target).square().sum((1, 2)).cpu()
 
@@ -172,7 +172,7 @@ def run(
             every = max(1, len(course) // 20)
             records.append(
                 {
-                    "found": common.as_text(tokenizer, tokens.tolist()),
+                    "found": as_text(tokenizer, tokens.tolist()),
                     "text": evaluated,
                     "trace": [
                         {"generation": g, "loss": round(course[g], 4)} for g in range(0, len(course), every)

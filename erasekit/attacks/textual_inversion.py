@@ -17,10 +17,14 @@ from PIL.Image import Image
 
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
+from erasekit.concepts import content_ids
 from erasekit.evaluate import runs
 from erasekit.layers import text_backbone
 from erasekit.models import DiffusionModel
+from erasekit.settings import check, chosen
+from erasekit.tokens import embed, layout
 from erasekit.training import constant, optimize
+from erasekit.tuning import frozen
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Config:
     guidance: float = 7.5
 
     def __post_init__(self):
-        common.check(self, tokens=1, updates=1, alpha=0, batch=1, steps=1)
+        check(self, tokens=1, updates=1, alpha=0, batch=1, steps=1)
 
 
 PRESETS = {
@@ -68,7 +72,7 @@ def run(
     phrase: what the word stands for; every prompt and caption must hold it. pictures, captions: of the concept, one
     caption each. `learned` is v, (tokens, d). callback: step and loss at every update.
     """
-    config = common.chosen(PRESETS, model, config)
+    config = chosen(PRESETS, model, config, "sd14")
     if len(pictures) != len(captions) or not pictures:
         raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give as many of each")
     setting = common.prepare(
@@ -76,9 +80,7 @@ def run(
         generator, depends=[phrase, *pictures, list(captions)], folder=folder, progress=progress,
     )  # fmt: skip
     shots, tokenizer = setting.shots, model.tokenizer
-    ids, free = common.layout(
-        tokenizer, [_opened(tokenizer, text, phrase, config.tokens) for text in captions]
-    )
+    ids, free = layout(tokenizer, [_opened(tokenizer, text, phrase, config.tokens) for text in captions])
     wanted = [_opened(tokenizer, shot.prompt.text, phrase, config.tokens) for shot in shots]
     clean = common.latents_of(model, pictures)
     table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
@@ -93,10 +95,10 @@ def run(
         noise = torch.randn((config.batch, *clean.shape[1:]), generator=generator).to(
             clean.device, clean.dtype
         )
-        text = common.embed(model.text_encoder, ids[picked], free[picked], word.rows.repeat(config.batch, 1))
+        text = embed(model.text_encoder, ids[picked], free[picked], word.rows.repeat(config.batch, 1))
         return {"loss": common.noise_error(model, clean[picked.to(clean.device)], noise, t, text).mean()}
 
-    with common.frozen(model.unet, model.text_encoder):
+    with frozen(model.unet, model.text_encoder):
         optimize(
             "word", word, loss, steps=config.updates, peak=config.alpha, generator=own, schedule=constant,
             callback=callback, log=setting.log, decay=0.0, weight_decay=0.0, save_every=40, folder=setting.folder,
@@ -106,8 +108,8 @@ def run(
 
     @torch.no_grad()
     def look(piece: list[int]) -> list[dict]:
-        at, open_ = common.layout(tokenizer, [wanted[i] for i in piece])
-        text = common.embed(model.text_encoder, at, open_, rows.repeat(len(piece), 1))
+        at, open_ = layout(tokenizer, [wanted[i] for i in piece])
+        text = embed(model.text_encoder, at, open_, rows.repeat(len(piece), 1))
         pictures = setting.draw(text, [shots[i].seed for i in piece])
         seen = common.reached(setting.goal, pictures, [shots[i].prompt.text for i in piece])
         return [{"reached": one, "looks": 1, "trace": [{"look": 1, "reached": one}]} for one in seen]
@@ -122,4 +124,4 @@ def _opened(tokenizer, text: str, phrase: str, tokens: int) -> list[int | None]:
     before, found, after = text.partition(phrase)
     if not found:
         raise ValueError(f"{text!r} does not hold the phrase {phrase!r}")
-    return [*common.content_ids(tokenizer, before), *[None] * tokens, *common.content_ids(tokenizer, after)]
+    return [*content_ids(tokenizer, before), *[None] * tokens, *content_ids(tokenizer, after)]

@@ -32,8 +32,11 @@ from torch import Tensor
 
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
+from erasekit.concepts import content_ids
 from erasekit.layers import text_backbone
 from erasekit.models import DiffusionModel
+from erasekit.settings import check, chosen
+from erasekit.tokens import as_text, embed, fits, layout, vocabulary
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Config:
     guidance: float = 7.5
 
     def __post_init__(self):
-        common.check(self, k=1, updates=1, alpha=0, weight_decay=0, batch=1, steps=1)
+        check(self, k=1, updates=1, alpha=0, weight_decay=0, batch=1, steps=1)
         if not self.timesteps or not all(0 <= t < 1000 for t in self.timesteps):
             raise ValueError(f"timesteps must be some of 0 to 999, got {self.timesteps!r}")
 
@@ -109,7 +112,7 @@ def run(
     other. callback: after every block, with block, timestep, loss per attempt and the texts. Raises ValueError for a
     prompt that leaves no room for k tokens.
     """
-    config = common.chosen(PRESETS, model, config)
+    config = chosen(PRESETS, model, config, "sd14")
     pictures = list(targets)
     setting = common.prepare(
         "UnlearnDiffAtk", "victim's weights, a picture of the concept", model, prompts, seeds, goal, config, generator,
@@ -119,10 +122,10 @@ def run(
     pictures = pictures * len(shots) if len(pictures) == 1 else pictures
     if len(pictures) != len(shots):
         raise ValueError(f"{len(shots)} attempts and {len(pictures)} target pictures: give one, or one each")
-    contents = [[None] * config.k + common.content_ids(model.tokenizer, s.prompt.text) for s in shots]
-    ids, free = common.layout(model.tokenizer, contents)
+    contents = [[None] * config.k + content_ids(model.tokenizer, s.prompt.text) for s in shots]
+    ids, free = layout(model.tokenizer, contents)
     clean = common.latents_of(model, pictures)
-    allowed = common.vocabulary(model.tokenizer, config.stable)
+    allowed = vocabulary(model.tokenizer, config.stable)
     table = (
         text_backbone(model.text_encoder)
         .embeddings.token_embedding.weight.detach()
@@ -142,8 +145,8 @@ def run(
             for _ in range(config.updates):
                 losses = update({i: u[i] for i in left}, own, t, optimizer)
             tokens = {i: allowed[u[i].argmax(-1).cpu()].tolist() for i in left}
-            texts = {i: f"{common.as_text(model.tokenizer, tokens[i])} {shots[i].prompt.text}" for i in left}
-            shown = [i for i in left if common.fits(model.tokenizer, texts[i])]
+            texts = {i: f"{as_text(model.tokenizer, tokens[i])} {shots[i].prompt.text}" for i in left}
+            shown = [i for i in left if fits(model.tokenizer, texts[i])]
             seen = setting.look([texts[i] for i in shown], [shots[i].seed for i in shown])
             verdicts = dict(zip(shown, seen, strict=True))
             for i, loss in zip(left, losses, strict=True):
@@ -177,7 +180,7 @@ def run(
             picked = torch.multinomial(u[i].cpu(), 1, generator=own[i])[:, 0]
             hard.append(picked.to(table.device))
         delta = torch.cat([straight_through(x, h) @ table for x, h in zip(leaves, hard, strict=True)])
-        text = common.embed(model.text_encoder, ids[rows], free[rows], delta)
+        text = embed(model.text_encoder, ids[rows], free[rows], delta)
         noise = common.standard_normal(clean[rows], [own[i] for i in rows])
         times = torch.full((len(rows),), t, device=model.device)
         loss = common.noise_error(model, clean[rows], noise, times, text)

@@ -263,7 +263,7 @@ def run(
     state = PartialState(cpu=not torch.cuda.is_available()) if several else None
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     with edit.applied(model) if edit else nullcontext(), _sampler(model, protocol.sampler):
-        applied = edits_in_force(model)
+        applied = model.edits_in_force()
         key = model_key(model, applied, protocol, attack)
         place = folder / key
         seconds = {"draw": 0.0, "judge": 0.0}
@@ -387,11 +387,6 @@ def peak_memory_mb() -> int:
     """Highest resident memory of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
-
-
-def edits_in_force(model: DiffusionModel) -> list[str]:
-    """Digests of the applied edits, with the strength of those that are not applied whole."""
-    return [edit.digest if scale == 1 else f"{edit.digest} x {scale!r}" for edit, scale in model._active]
 
 
 def model_key(

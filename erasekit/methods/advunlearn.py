@@ -30,16 +30,17 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erasekit.attacks.common import check, embed, layout
-from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, token_ids
+from erasekit.concepts import Concept, check_templates, content_ids, token_ids
 from erasekit.edits import Edit
 from erasekit.layers import text_backbone, text_parameters, unet_parameters
-from erasekit.methods import esd
-from erasekit.methods.esd import Source, State, States
 from erasekit.models import DiffusionModel
+from erasekit.retained import retained
+from erasekit.settings import EMOJI_TEMPLATES, asked, check, erase_prompts
+from erasekit.states import Source, State, States, check_sources
+from erasekit.tokens import embed, layout
+from erasekit.tuning import descend, difference, trainee
 
 Placement = Literal["prefix", "suffix", "replace", "add"]
 Rule = Literal["adam", "gd", "sign"]
@@ -106,14 +107,14 @@ class Config:
             )
         check_templates(self.templates)
         check_templates(self.retain_templates)
-        esd.check_sources(self)
+        check_sources(self)
 
 
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
         iterations=150, lr=1e-4, batch=4, warmup=30, attack_steps=5, alpha=1e-2, retain_batch=8,
-        templates=esd.EMOJI_TEMPLATES, retain_templates=esd.EMOJI_TEMPLATES, retain_null=True, sampler=25,
+        templates=EMOJI_TEMPLATES, retain_templates=EMOJI_TEMPLATES, retain_null=True, sampler=25,
         states="cached", noises=2,
     ),
     # the paper, and the commands of its code
@@ -125,71 +126,9 @@ PRESETS = {
 }  # fmt: skip
 
 # Names of COCO's 80 categories, of which the paper makes its retain set
-COCO = (
-    "person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;fire hydrant;stop sign;parking meter;"
-    "bench;bird;cat;dog;horse;sheep;cow;elephant;bear;zebra;giraffe;backpack;umbrella;handbag;tie;suitcase;frisbee;"
-    "skis;snowboard;sports ball;kite;baseball bat;baseball glove;skateboard;surfboard;tennis racket;bottle;wine glass;"
-    "cup;fork;knife;spoon;bowl;banana;apple;sandwich;orange;broccoli;carrot;hot dog;pizza;donut;cake;chair;couch;"
-    "potted plant;bed;dining table;toilet;tv;laptop;mouse;remote;keyboard;cell phone;microwave;oven;toaster;sink;"
-    "refrigerator;book;clock;vase;scissors;teddy bear;hair drier;toothbrush"
-).split(";")
 
 
 # What is retained
-
-COMMON = frozenset("a an and as at by for from in of on or the to with image photo picture style".split())
-
-
-def retained(
-    model: DiffusionModel,
-    erased: Sequence[Concept],
-    preserve: Sequence[Concept],
-    templates: Sequence[str],
-    *,
-    similarity: float = 1.0,
-    null: bool = False,
-) -> tuple[list[str], list[str]]:
-    """Names and prompts of a retain set: `preserve`, or all concepts of the emoji world, or COCO's categories, the
-    templates taken in turn; null adds the empty prompt.
-
-    Of the latter two, names and prompts that share a word with an erased one or its synonyms are left out; of any, the
-    erased concepts themselves, names whose sentence row is at least so similar to an erased one's (cosine), and
-    templates with such a word. The paper lets a language model do this by hand.
-    """
-    kept, given = list(preserve), bool(preserve)
-    if not kept and model.preset == "emoji":
-        from erasekit.emoji import data
-
-        kept = [Concept(one.name) for one in data.concepts()]
-    kept = kept or [Concept(name) for name in COCO]
-    phrases = [phrase for one in erased for phrase in (one.name, *one.synonyms)]
-    words = {word for phrase in phrases for word in phrase.lower().split()} - COMMON
-    clean = lambda text: not words & set(text.lower().split())
-    gone = {one.name.lower() for one in erased}
-    kept = [one for one in kept if one.name.lower() not in gone and (given or clean(one.name))]
-    if similarity < 1 and kept:
-        rows = F.normalize(_sentence(model, [one.name for one in (*kept, *erased)]), dim=1)
-        near = (rows[: len(kept)] @ rows[len(kept) :].T).amax(1)
-        kept = [one for one, s in zip(kept, near.tolist(), strict=True) if s < similarity]
-    templates = [t for t in templates if clean(t.replace("{}", ""))]
-    if not kept or not templates:
-        raise ValueError(
-            "nothing is left to retain: preserve other concepts, in templates without the erased words"
-        )
-    prompts = [
-        fill(template, one.name)[0]
-        for i, one in enumerate(kept)
-        for template in (one.templates or [templates[i % len(templates)]])
-    ]
-    if not any(given or clean(prompt) for prompt in prompts):
-        raise ValueError("nothing is left to retain: every prompt has a word of what is erased")
-    return [one.name for one in kept], [p for p in prompts if given or clean(p)] + [""] * null
-
-
-def _sentence(model: DiffusionModel, phrases: list[str]) -> Tensor:
-    """The rows of the first end tokens, (n, d)."""
-    ends = eot_position(model.tokenizer, token_ids(model.tokenizer, phrases))
-    return model.encode(phrases)[torch.arange(len(phrases)), ends].float()
 
 
 def turn(step: int, count: int, batch: int, seed: int) -> Tensor:
@@ -314,15 +253,12 @@ def fit(
     (ESD's loss on the attacked prompt), retain, and attack, the attacker's loss on the same state. The rest as in
     `esd.fit`.
     """
-    model.check_fit()
-    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = esd.named(model, erase, preserve, anchor)
+    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if anchor is not None:
         warnings.warn(
             "AdvUnlearn leads away from the concept, to nothing: `anchor` changes nothing", stacklevel=2
         )
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    prompts = esd.erase_prompts(erased, config.templates)
+    prompts = erase_prompts(erased, config.templates)
     names, kept = [], []
     if config.gamma:
         names, kept = retained(
@@ -332,9 +268,9 @@ def fit(
 
     encoder, unet, in_text = model.text_encoder, model.unet, config.part == "text"
     if in_text:
-        encoder = part = esd.trainee(encoder, trained_names(encoder, config))
+        encoder = part = trainee(encoder, trained_names(encoder, config))
     else:
-        unet = part = esd.trainee(unet, unet_parameters(unet, config.part))
+        unet = part = trainee(unet, unet_parameters(unet, config.part))
     module = nn.Module()
     module.part = part
     seed, order = (int(torch.randint(2**31, (), generator=generator)) for _ in range(2))
@@ -391,7 +327,7 @@ def fit(
         terms["attack"] = error(predicted[:n].detach(), state.text[:n])
         return {"loss": terms["erase"] + config.gamma * terms["retain"], **terms}
 
-    esd.descend(
+    descend(
         "advunlearn",
         model,
         module,
@@ -405,7 +341,7 @@ def fit(
     )
     concepts = {"erase": [one.name for one in erased], "anchor": [], "preserve": names}
     original, name = (model.text_encoder, "text_encoder") if in_text else (model.unet, "unet")
-    change = esd.delta(part, original, name)
+    change = difference(part, original, name)
     return Edit.from_weight_delta(change, model, method="advunlearn", config=config, concepts=concepts)
 
 

@@ -32,15 +32,16 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from erasekit import closed_form
-from erasekit.attacks.common import check
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
 from erasekit.edits import Edit
 from erasekit.layers import attention_with_gradient, cross_attention_kv, grid_of, record_attention
-from erasekit.methods import esd, uce
-from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
+from erasekit.retained import retained
 from erasekit.sampling import ddim, denoise
+from erasekit.settings import EMOJI_TEMPLATES, anchored, asked, check
+from erasekit.states import one_text_encoder
+from erasekit.tuning import descend, discard, trainee
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ STYLES = ("a painting by {}", "a drawing in the style of {}", "a picture in the 
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
-        templates=esd.EMOJI_TEMPLATES, keep_templates=esd.EMOJI_TEMPLATES, lambda_1=1e-3, lambda_2=1e-3, lr=1e-3,
+        templates=EMOJI_TEMPLATES, keep_templates=EMOJI_TEMPLATES, lambda_1=1e-3, lambda_2=1e-3, lr=1e-3,
         iterations=100, batch=8, sampler=25, guidance=3.0,
     ),
     # learning rates, steps and mapping concepts of the authors' configurations
@@ -282,7 +283,7 @@ def suppress(
             "loss": attention_loss(maps.values(), pictures.masks[at], pictures.columns[at], config.squared)
         }
 
-    place = esd.descend(
+    place = descend(
         "mace", model, unet, loss, config, [concept.name, *pictures.prompts], generator, callback, folder, progress,
         weight_decay=0.01, clip=1.0, also=[pictures.latents, pictures.masks, pictures.columns], clean=False,
     )  # fmt: skip
@@ -291,7 +292,7 @@ def suppress(
 
 def adapter(model: DiffusionModel, rank: int, generator: torch.Generator) -> nn.Module:
     """A copy of the UNet with a fresh LoRA on keys and values of cross-attention: A ~ N(0, 1/r^2), B = 0, scale 1."""
-    unet = esd.trainee(model.unet, ())
+    unet = trainee(model.unet, ())
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=r".*attn2\.to_[kv]"))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -363,13 +364,10 @@ def fit(
     pictures of a concept and its name, for masks instead of the attention's. callback: after stage 1 (step -1) rank,
     erase_residual and preserve_drift; in stage 2 step, loss and concept. generator, folder and errors as in `esd.fit`.
     """
-    model.check_fit()
-    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = esd.named(model, erase, preserve, anchor)
+    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if config.lora:
-        esd.one_text_encoder(model)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    anchors = [uce.anchored(model, concept, anchor, config.anchor) for concept in erased]
+        one_text_encoder(model)
+    anchors = [anchored(model, concept, anchor, config.anchor) for concept in erased]
     pairs = [
         (fill(template, concept.name)[0], fill(template, instead)[0])
         for concept, instead in zip(erased, anchors, strict=True)
@@ -382,8 +380,8 @@ def fit(
     concepts = {"erase": [one.name for one in erased], "anchor": anchors, "preserve": names}
     named = dict(method="mace", config=config, concepts=concepts)
     if callback is not None:
-        given = uce.Rows(sources, targets, kept, concepts)
-        callback({"step": -1, "rank": first.compressed(1e-7).rank, **uce.residuals(first, given)})
+        given = closed_form.Rows(sources, targets, kept, concepts)
+        callback({"step": -1, "rank": first.compressed(1e-7).rank, **closed_form.residuals(first, given)})
     if not config.lora:
         return Edit.from_context_map(first, model, **named)
 
@@ -403,9 +401,9 @@ def fit(
         change, place = suppress(refined, concept, pictures, config, generator, tell, folder, progress)
         changes.append(change)
         places.append(place)
-        asked = [fill(t, concept.name)[0] for t in concept.templates or config.templates]
-        keys.append(model.encode(asked).flatten(0, 1))
+        texts = [fill(t, concept.name)[0] for t in concept.templates or config.templates]
+        keys.append(model.encode(texts).flatten(0, 1))
     weights = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
     fused = fuse(weights, first, changes, keys, kept, config)
-    esd.discard(places)  # not before: an interrupted call finds the concepts that were done
+    discard(places)  # not before: an interrupted call finds the concepts that were done
     return Edit.from_weight_delta({f"unet.{k}": v.half() for k, v in fused.items()}, model, **named)

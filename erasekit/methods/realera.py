@@ -27,14 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erasekit import closed_form
-from erasekit.attacks.common import as_text, check, vocabulary
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
 from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
-from erasekit.methods import esd, mace, uce
-from erasekit.methods.advunlearn import retained
+from erasekit.methods import mace
 from erasekit.models import DiffusionModel
+from erasekit.retained import retained
+from erasekit.settings import EMOJI_TEMPLATES, anchored, asked, check
+from erasekit.states import Picks, State, States, one_text_encoder
+from erasekit.tokens import as_text, vocabulary
+from erasekit.tuning import descend, discard
 
 Mode = Literal["toward_gaussian", "shell", "subspace"]
 Scope = Literal["token", "sequence"]
@@ -119,7 +122,7 @@ class Config:
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
-        templates=esd.EMOJI_TEMPLATES, keep_templates=esd.EMOJI_TEMPLATES, mode="subspace", lambda_b=0.1, lambda_p=1e-3,
+        templates=EMOJI_TEMPLATES, keep_templates=EMOJI_TEMPLATES, mode="subspace", lambda_b=0.1, lambda_p=1e-3,
         lambda_far=0.1, lr=1e-3, iterations=150, batch=2, sampler=25, noises=2,
     ),
     # ours: no setting of the authors is known; window, radius and counts of the re-implementation
@@ -351,7 +354,7 @@ def align(
     """
     prompts = [pair.prompt for pair in pairs]
     seed = int(torch.randint(2**31, (), generator=generator))
-    states = esd.States(
+    states = States(
         model, prompts, seed, config.guidance, config.sampler, "cached", config.noises, folder=folder
     )
     unet = mace.adapter(start, config.rank, generator)
@@ -361,7 +364,7 @@ def align(
         node_weights = mace.focal(states.scheduler.config.num_train_timesteps)[states.timesteps()]
     device, dtype = model.device, model.dtype
 
-    def predicted(net, state: esd.State, context: Tensor) -> Tensor:
+    def predicted(net, state: State, context: Tensor) -> Tensor:
         """Predictions for several contexts (n, k, length, d) of each state's latents, (n, k, ...)."""
         k = context.shape[1]
         repeat = lambda x: x.repeat_interleave(k, 0)
@@ -378,7 +381,7 @@ def align(
         picks = states.pick(prompt, generator)
         if config.focal:
             nodes = torch.multinomial(node_weights, config.batch, replacement=True, generator=generator)
-            picks = esd.Picks(picks.prompt, picks.noise, nodes, picks.offset)
+            picks = Picks(picks.prompt, picks.noise, nodes, picks.offset)
         state, own = states.at(picks), text[prompt.to(device)]
         draw = lambda count, far: torch.stack(
             [
@@ -411,7 +414,7 @@ def align(
         return {"loss": total, **terms}
 
     also = [start, [pair.other for pair in pairs], torch.zeros(0) if basis is None else basis]
-    place = esd.descend(
+    place = descend(
         "realera", model, unet, loss, config, prompts, generator, callback, folder, progress, weight_decay=0.01,
         clip=1.0, also=also, clean=False,
     )  # fmt: skip
@@ -438,14 +441,11 @@ def fit(
     or COCO's categories. callback: after the closed form (step -1) rank; in the LoRA step, loss, erase, near,
     far and concept. generator, folder and errors as in `esd.fit`.
     """
-    model.check_fit()
-    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = esd.named(model, erase, preserve, anchor)
+    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if config.lora:
-        esd.one_text_encoder(model)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+        one_text_encoder(model)
     siblings = model.concepts(preserve)
-    anchors = [uce.anchored(model, concept, anchor, config.anchor) for concept in erased]
+    anchors = [anchored(model, concept, anchor, config.anchor) for concept in erased]
     names, captions = retained(model, erased, siblings, config.keep_templates, null=True)
     kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
     wanted = config.mode == "subspace" and config.neighbour
@@ -489,5 +489,5 @@ def fit(
             + changes[0][name].to(w.device).double()
             for name, w in weights.items()
         }
-    esd.discard(places)
+    discard(places)
     return Edit.from_weight_delta({f"unet.{k}": v.half() for k, v in moved.items()}, model, **named)

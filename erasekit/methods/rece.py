@@ -44,6 +44,7 @@ from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import uce
 from erasekit.models import DiffusionModel
+from erasekit.settings import for_fit
 
 Regularizer = Literal["zero", "anchor", "source", "surrogate", "both"]
 Pairs = Literal["positions", "start"]
@@ -138,7 +139,7 @@ def attack_residual(context_map: ContextMap, gram: Tensor, derived: Tensor, sour
 
 
 def rounds(
-    t: ContextMap, gram: Tensor, paired: uce.Rows, preserved: Tensor | None, config: Config
+    t: ContextMap, gram: Tensor, paired: closed_form.Rows, preserved: Tensor | None, config: Config
 ) -> Iterator[tuple[Tensor, ContextMap]]:
     """The embeddings (n, d) that each of `config.epochs` rounds derives from the map so far, and the map after it."""
     for _ in range(config.epochs):
@@ -171,12 +172,11 @@ def fit(
 
     Several concepts are derived from the same weights and erased jointly. anchor, generator and errors as in
     `uce.fit`; config None takes the preset of the model ("emoji" or "sd14-object"). callback: once after UCE (step 0)
-    and once per round, with step, context_map (T so far), erase_residual and preserve_drift of `uce.residuals`, and
-    in rounds derived (n, d), sources, norm_ratio ||c'|| / ||c||, and attack_residual of the derived embedding before
-    the round erased it and after.
+    and once per round, with step, context_map (T so far), what `closed_form.residuals` says, and in rounds derived
+    (n, d), sources, norm_ratio ||c'|| / ||c||, and attack_residual of the derived embedding before the round erased
+    it and after.
     """
-    model.check_fit()
-    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
+    config = for_fit(PRESETS, model, config)
     given = uce.rows(model, erase, preserve, anchor, config.start)
     paired = given
     if config.pairs == "positions":
@@ -185,7 +185,7 @@ def fit(
     kept = None if given.preserved is None else closed_form.condensed(given.preserved)
     t = uce.solve(replace(given, preserved=kept), config.start)
     if callback is not None:
-        callback({"step": 0, "context_map": t, **uce.residuals(t, given)})
+        callback({"step": 0, "context_map": t, **closed_form.residuals(t, given)})
     gram = closed_form.weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
     gram = gram.to(given.sources.device)
     for epoch, (derived, after) in enumerate(rounds(t, gram, paired, kept, config)):
@@ -199,7 +199,7 @@ def fit(
                     "norm_ratio": float(derived.norm() / paired.sources.norm()),
                     "attack_residual_before": attack_residual(t, gram, derived, paired.sources),
                     "attack_residual": attack_residual(after, gram, derived, paired.sources),
-                    **uce.residuals(after, given),
+                    **closed_form.residuals(after, given),
                 }
             )
         t = after

@@ -30,8 +30,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from erasekit import closed_form
-from erasekit.attacks.common import check
+from erasekit import closed_form, states
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import (
     Concept,
@@ -43,11 +42,13 @@ from erasekit.concepts import (
 )
 from erasekit.edits import Edit
 from erasekit.layers import unet_parameters
-from erasekit.methods import esd, uce
-from erasekit.methods.advunlearn import retained
 from erasekit.models import DiffusionModel
 from erasekit.paths import DATA
+from erasekit.retained import retained
 from erasekit.sampling import ddim, walk
+from erasekit.settings import EMOJI_TEMPLATES, asked, check
+from erasekit.states import States, cached, one_text_encoder
+from erasekit.tuning import descend, difference, trainee
 
 Token = Literal["sot", "key", "eot", "last", "all"]
 Stages = Literal["both", "text", "trajectory"]
@@ -138,8 +139,8 @@ class Config:
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
-        eta=0.1, lam=1e-3, templates=esd.EMOJI_TEMPLATES, steer_templates=esd.EMOJI_TEMPLATES,
-        keep_templates=esd.EMOJI_TEMPLATES, beta=4.0, weight=10.0,
+        eta=0.1, lam=1e-3, templates=EMOJI_TEMPLATES, steer_templates=EMOJI_TEMPLATES,
+        keep_templates=EMOJI_TEMPLATES, beta=4.0, weight=10.0,
         sampler=24, early=12, noises=1, calm=32, iterations=200, lr=3e-4, batch=4, keep_batch=8,
     ),
     # the authors' code: s^2 with s = 0.01 and 0.02, on the mean of (probably) 30,000 captions; 26 early steps there
@@ -315,7 +316,7 @@ def trajectories(
 
     what = [dict(model.scheduler.config), list(malicious), list(safe), seed, config.guidance, config.sampler]
     what += [config.early, config.noises, config.beta, config.faithful]
-    found = esd.kept(model, (folder or esd.FOLDER) / "trajectories", what, len(ways), early)
+    found = cached(model, (folder or states.FOLDER) / "trajectories", what, len(ways), early)
     return Trajectories(*(found[name].flatten(0, 1) for name in TRAJECTORY))
 
 
@@ -342,12 +343,9 @@ def fit(
     and of the preserved ones; in stage 2 at every iteration step, loss, erase, keep, and active, the share of rows with
     a gradient. generator, folder and errors as in `esd.fit`.
     """
-    model.check_fit()
-    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
-    erased = esd.named(model, erase, preserve, anchor)
+    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if config.stages != "text":
-        esd.one_text_encoder(model)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+        one_text_encoder(model)
     instead = anchor.name if isinstance(anchor, Concept) else anchor
     given = pairs(erased, instead, config)
     about = [
@@ -368,8 +366,8 @@ def fit(
         sources, targets = rows(model, given, config)
         first = solve(sources, targets, kept, config, len(given), len(captions))
         if callback is not None:
-            whole = uce.Rows(sources, targets, kept, concepts)
-            callback({"step": -1, "rank": first.compressed(1e-7).rank, **uce.residuals(first, whole)})
+            whole = closed_form.Rows(sources, targets, kept, concepts)
+            callback({"step": -1, "rank": first.compressed(1e-7).rank, **closed_form.residuals(first, whole)})
         if config.stages == "text":
             return Edit.from_context_map(first, model, **named)
 
@@ -392,11 +390,11 @@ def steer(
     malicious, safe = [one[0] for one in given], [one[2] for one in given]
     seed = int(torch.randint(2**31, (), generator=generator))
     points = trajectories(model, malicious, safe, seed, config, folder)
-    calm = esd.States(
+    calm = States(
         model, [""], seed + 1, config.guidance, config.sampler, "cached", config.calm, folder=folder
     )
     start = model.copy() if first is None else Edit.from_context_map(first, model).merged(model)
-    unet = esd.trainee(start.unet, unet_parameters(start.unet, "visual"))
+    unet = trainee(start.unet, unet_parameters(start.unet, "visual"))
     text, empty, device = model.encode(malicious), model.encode("")[0], model.device
 
     def loss(step: int, generator: torch.Generator) -> dict:
@@ -429,8 +427,8 @@ def steer(
         active = (losses.detach() > 0).float().mean()
         return {"loss": erase + config.weight * keep, "erase": erase, "keep": keep, "active": active}
 
-    esd.descend(
+    descend(
         "trce", model, unet, loss, config, [*malicious, *safe], generator, callback, folder, progress,
         weight_decay=0.01, clear=not config.faithful, also=[start],
     )  # fmt: skip
-    return esd.delta(unet, start.unet, "unet")
+    return difference(unet, start.unet, "unet")

@@ -29,6 +29,7 @@ from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, fill, slot_token
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
+from erasekit.settings import anchored, for_fit
 
 Tokens = Literal["last_subject", "last_to_end", "all"]
 
@@ -86,26 +87,13 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The embeddings of one erasure, float64: sources and their targets (n, d), preserved (m, d) or None.
-
-    concepts: the names erased, their anchors, and the names preserved.
-    """
-
-    sources: Tensor
-    targets: Tensor
-    preserved: Tensor | None
-    concepts: dict[str, list[str]]
-
-
 def rows(
     model: DiffusionModel,
     erase: str | Concept | Sequence[str | Concept],
     preserve: str | Concept | Sequence[str | Concept],
     anchor: str | Concept | None,
     config: Config,
-) -> Rows:
+) -> closed_form.Rows:
     """Encode what `fit` solves for; every distinct prompt is encoded once. Errors as in `fit`."""
     erased, kept = model.concepts(erase), model.concepts(preserve)
     if not erased:
@@ -135,7 +123,7 @@ def rows(
         "anchor": anchors,
         "preserve": [concept.name for concept in kept],
     }
-    return Rows(sources, targets, torch.cat(preserved) if preserved else None, concepts)
+    return closed_form.Rows(sources, targets, torch.cat(preserved) if preserved else None, concepts)
 
 
 def fit(
@@ -156,17 +144,16 @@ def fit(
     concepts, nothing to erase, a concept both erased and preserved, over-long prompts and settings that make
     the system singular.
     """
-    model.check_fit()
-    config = config or PRESETS["emoji" if model.preset == "emoji" else "sd14-object"]
+    config = for_fit(PRESETS, model, config)
     given = rows(model, erase, preserve, anchor, config)
     context_map = solve(given, config)
     edit = Edit.from_context_map(context_map, model, method="uce", config=config, concepts=given.concepts)
     if callback is not None:
-        callback({"step": 0, "rank": edit.context_map.rank, **residuals(context_map, given)})
+        callback({"step": 0, "rank": edit.context_map.rank, **closed_form.residuals(context_map, given)})
     return edit
 
 
-def solve(given: Rows, config: Config) -> ContextMap:
+def solve(given: closed_form.Rows, config: Config) -> ContextMap:
     """UCE's map of these rows, in float64."""
     return closed_form.solve(
         given.sources,
@@ -176,28 +163,6 @@ def solve(given: Rows, config: Config) -> ContextMap:
         preserve_scale=config.preserve_scale,
         lam=config.lam,
     )
-
-
-def residuals(context_map: ContextMap, given: Rows) -> dict[str, float]:
-    """erase_residual: ||T c - c*|| over ||c - c*||; preserve_drift: ||T p - p|| over ||p||."""
-    kept, sources, targets = given.preserved, given.sources, given.targets
-    return {
-        "erase_residual": _relative(context_map.apply(sources) - targets, sources - targets),
-        "preserve_drift": 0.0 if kept is None else _relative(context_map.apply(kept) - kept, kept),
-    }
-
-
-def anchored(model: DiffusionModel, concept: Concept, given: str | Concept | None, default: str) -> str:
-    """What is drawn instead of a concept: `given`, else its own anchor, else the default. ValueError where `given` is
-    unknown to the world.
-    """
-    if isinstance(given, Concept):
-        return given.name
-    if given is None:
-        return default if concept.anchor is None else concept.anchor
-    if given.strip():
-        model.concepts(given)  # an unknown anchor is an error, as an unknown concept is
-    return given
 
 
 def _embedder(model: DiffusionModel, slots: Sequence[tuple[str, str]]) -> Callable[[str, str], Tensor]:
@@ -225,7 +190,3 @@ def _rows(tokenizer, embed, template: str, phrase: str, tokens: Tokens) -> Tenso
         return block
     start = slot_token(tokenizer, template, phrase)
     return block[start : start + 1] if tokens == "last_subject" else block[start:]
-
-
-def _relative(difference: Tensor, size: Tensor) -> float:
-    return float(difference.norm() / size.norm().clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,0 +1,129 @@
+"""Training a copy of one part of a model, with checkpoints from which an interrupted training goes on."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from erasekit import states
+from erasekit.models import DiffusionModel
+from erasekit.training import constant, optimize
+
+SAVE_EVERY = 50  # iterations
+
+
+def trainee(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A copy in single precision of which only the parameters `names` are trained."""
+    copied = copy.deepcopy(module).float().train(False)
+    wanted = set(names)
+    for name, parameter in copied.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    return copied
+
+
+def mixed(model: DiffusionModel):
+    """bfloat16 arithmetic for a half-precision model, else nothing."""
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    # The cache would keep the first cast of weights that change.
+    cast = lambda: torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
+    return cast() if half else nullcontext()
+
+
+def descend(
+    method: str,
+    model: DiffusionModel,
+    module: nn.Module,
+    loss: Callable[[int, torch.Generator], dict],
+    config,
+    prompts: Sequence[str],
+    generator: torch.Generator,
+    callback: Callable[[dict], None] | None,
+    folder: Path | None,
+    progress: bool,
+    *,
+    weight_decay: float = 0.0,
+    clear: bool = True,
+    clip: float = float("inf"),
+    also: Sequence = (),
+    clean: bool = True,
+) -> Path:
+    """Minimize the loss over the trainable parameters of `module` by Adam, as the papers do.
+
+    Checkpoints lie in a folder of their own, which is returned, for the same model, settings, prompts, generator and
+    whatever `also` depends on (texts, tensors, models), so that an interrupted run goes on; with `clean` they are
+    deleted at the end.
+    """
+    what = [method, model.fingerprint(), model.edits_in_force(), asdict(config), list(prompts)]
+    what += [generator.get_state().tolist(), [digest(one) for one in also]]
+    what += [str(model.dtype), model.device.type, str(dict(model.scheduler.config))]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+    place = (folder or states.FOLDER) / f"{method}-{key}"
+
+    def careful(step: int, generator: torch.Generator) -> dict:
+        with mixed(model):
+            return loss(step, generator)
+
+    with frozen(model.unet, model.text_encoder):
+        optimize(
+            method, module, careful, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
+            betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=clip, decay=0.0,
+            callback=callback, folder=place, save_every=SAVE_EVERY, progress=progress,
+        )  # fmt: skip
+    if clean:
+        discard([place])
+    return place
+
+
+def discard(places: Sequence[Path]) -> None:
+    """Delete folders of checkpoints."""
+    for place in places:
+        for file in place.glob("*"):
+            file.unlink()
+        place.rmdir()
+
+
+def difference(module: nn.Module, original: nn.Module, part: str) -> dict[str, Tensor]:
+    """{part.name: trained - original} of the trained parameters, in half precision."""
+    before = dict(original.named_parameters())
+    return {
+        f"{part}.{name}": (p.detach() - before[name].detach().float()).half()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def digest(thing) -> str:
+    """SHA-256 of a tensor, picture, model, text, or a sequence of them."""
+    if isinstance(thing, Tensor):
+        content = (
+            str(tuple(thing.shape)).encode() + thing.detach().double().cpu().contiguous().numpy().tobytes()
+        )
+    elif isinstance(thing, Image):
+        content = str(thing.size).encode() + thing.convert("RGB").tobytes()
+    elif isinstance(thing, DiffusionModel):
+        content = json.dumps([thing.fingerprint(), thing.edits_in_force()]).encode()
+    elif isinstance(thing, Sequence) and not isinstance(thing, str):
+        content = "".join(map(digest, thing)).encode()
+    else:
+        content = repr(thing).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def frozen(*modules: torch.nn.Module) -> Iterator[None]:
+    """No parameter of the modules wants a gradient inside the block; what passes through them still gets one."""
+    wanted = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    try:
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
