@@ -16,12 +16,14 @@ import time
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
+from typing import get_args
 
 import erasekit as ek
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.methods import METHODS
+from erasekit.methods.rece import Pairs
 from erasekit.paths import write_atomically
 
 SIZES = (1, 5, 10, 25, 50)
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--most", type=int, default=SIZES[-1], choices=SIZES, help="the largest set to erase")
     parser.add_argument("--without-lora", action="store_true", help="MACE, RealEra: their closed form alone")
+    parser.add_argument("--pairs", choices=get_args(Pairs), help="RECE: the preset's if absent")
     given = parser.parse_args()
     module = METHODS[given.method]
     config = module.PRESETS["emoji"]
@@ -80,6 +83,11 @@ def main() -> None:
             parser.error(f"{given.method} has no LoRA to leave out")
         config = replace(config, lora=False)
         options += ["--without-lora"]
+    if given.pairs:
+        if not hasattr(config, "pairs"):
+            parser.error(f"{given.method} has no pairs to choose")
+        config = replace(config, pairs=given.pairs)
+        options += ["--pairs", given.pairs]
     model = ek.load("emoji")
     words = [given.method, *options, "--out", given.out.as_posix()]
     head = {
