@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# fuse_qkv_projections() on a UNet with a LoRA: the LoRA has no effect any more and is still listed as active.
+# fuse_qkv_projections() on a UNet with a LoRA on keys and values: it has no effect any more and is listed as active.
 # Expected: the picture with the LoRA, or an error. Exits 1 if what is seen changes.
 set -euo pipefail
 place=$(mktemp -d)
@@ -30,7 +30,7 @@ def out():
 
 
 plain = out()
-targets = ["to_k", "to_q", "to_v"]
+targets = ["to_k", "to_v"]
 unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=40, init_lora_weights=False, target_modules=targets), "mine")
 adapted = out()
 unet.fuse_qkv_projections()

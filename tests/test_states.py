@@ -1,6 +1,7 @@
 """States of a model in which an edit could change nothing: it works exactly, or one sentence says what to do."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import erasekit as ek
 from erasekit import edits, methods
 from erasekit.concepts import subject_span
 from erasekit.layers import cross_attention, record_attention
-from erasekit.paths import ROOT
+from erasekit.paths import RESULTS, ROOT
 
 FUSED = "unet.unfuse_qkv_projections()"
 LOADED = "pipeline.unload_lora_weights()"
@@ -575,6 +576,21 @@ def test_two_loras_are_not_the_composed_edit_and_its_lora_is(model, edit, tmp_pa
     named, drawn = stock(*folders[:2], names=True)
     assert len(named.get_active_adapters()) == 2 and abs(drawn - wanted).max() > 2
     assert abs(stock(folders[2])[1] - wanted).max() <= 1
+
+
+def test_the_readme_says_what_other_libraries_made_of_the_exports():
+    measured = json.loads((RESULTS / "benchmark_exports.json").read_text())["environments"]
+    table = (ROOT / "README.md").read_text().partition("\n| export | ")[2].partition("\n\n")[0].splitlines()
+    assert table[0].strip(" |").split(" | ") == list(measured)
+    rows = {name: cells for name, *cells in (line.strip(" |").split(" | ") for line in table[2:])}
+    assert rows.keys() == next(iter(measured.values()))["found"].keys()
+    for way, cells in rows.items():
+        for cell, one in zip(cells, measured.values(), strict=True):
+            found = one["found"][way]
+            assert cell == (found["error"].partition(":")[0] if "error" in found else f"{found['levels']:g}")
+            assert (
+                "error" in found or way == "unedited folder" or found["levels from unedited"] > 40
+            )  # control
 
 
 INSTALLED = """
