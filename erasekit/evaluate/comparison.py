@@ -132,13 +132,14 @@ def _as_rate(one: dict) -> dict:
 def ten_objects(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `gathered` under MACE's object protocol, ten classes, one erased at a time.
 
-    UCE and RECE keep the other nine classes (for "dog" that is not the edit that is attacked: "uce-nine",
-    "rece-nine", here under the method's own name), the other methods what their presets keep.
+    UCE and RECE keep the other nine classes (for "dog" that is not the edit that is attacked: "uce-nine", "rece-nine"
+    and "rece-startnine", here under the name without "nine"), the other methods what their presets keep.
     """
     rows = table[table["protocol"].eq("emoji-objects") & table["concept"].isin(CIFAR)]
-    nine = set(rows["method"]) & {"uce-nine", "rece-nine"}
-    attacked = rows["concept"].eq("dog") & rows["method"].isin([name.removesuffix("-nine") for name in nine])
-    return rows[~attacked].assign(method=rows["method"].str.removesuffix("-nine"))
+    plain = lambda names: names.str.removesuffix("nine").str.removesuffix("-")
+    nine = rows["method"].str.endswith("nine")
+    attacked = rows["concept"].eq("dog") & rows["method"].isin(plain(rows["method"][nine]))
+    return rows[~attacked].assign(method=plain(rows["method"]))
 
 
 def pooled(rows: pd.DataFrame) -> pd.DataFrame:
