@@ -20,9 +20,7 @@ Notation (code -> paper or code of the authors):
     parameters  -> train_method: "x" is ESD-x, "u" is ESD-u
     sampler     -> ddim_steps, steps of the sampler that draws x_t
 
-`States` draws x_t. It is what ESD and AdvUnlearn have in common, and nearly all of what they cost: one x_t takes up to
-2 x `sampler` passes, one update of the loss about four. Drawn from the frozen model x_t can be kept, and what the
-frozen model predicts there comes for free, since guidance needed it.
+`erasekit.states` draws x_t.
 """
 
 import warnings
@@ -109,9 +107,9 @@ def fit(
 
     preserve: not used, ESD has no term for it; a warning says so. anchor: what the concept is erased from, "a painting"
     for a painter; the concept itself if None. config: None takes the preset of the model ("emoji" or "sd14-object").
-    generator: seed 0 if None. callback: step and loss at every update. folder:
-    of the checkpoints, from which an interrupted call with the same arguments goes on. Raises ValueError for unknown
-    concepts and nothing to erase, FloatingPointError for a loss that is not finite (the last good state stays).
+    generator: seed 0 if None. callback: step and loss at every update. folder: of the checkpoints, from which an
+    interrupted call with the same arguments goes on. Raises ValueError for unknown concepts and nothing to erase,
+    FloatingPointError for a loss that is not finite (the last good state stays).
     """
     config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if preserve:
@@ -145,8 +143,10 @@ def fit(
         predicted = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
         return {"loss": (predicted.float() - target(state, prompt).float()).square().mean()}
 
-    also = [] if anchor is None else about
-    descend("esd", model, unet, loss, config, prompts, generator, callback, folder, progress, also=also)
+    descend(
+        "esd", model, unet, loss, config, prompts, generator, callback, folder, progress,
+        also=[] if anchor is None else about,
+    )  # fmt: skip
     concepts = {
         "erase": [one.name for one in erased], "anchor": [] if anchor is None else [instead], "preserve": [],
     }  # fmt: skip
