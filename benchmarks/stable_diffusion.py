@@ -46,9 +46,9 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import erasekit as ek
+from erasekit import tuning
 from erasekit.concepts import Concept
 from erasekit.evaluate.runs import machine, peak_memory_mb
-from erasekit.methods import esd
 from erasekit.paths import BUILD, EMOJI_MODEL, write_atomically
 
 LENGTH = 77
@@ -181,7 +181,7 @@ class Meter:
         self.marks: list[dict] = []
 
     def __enter__(self):
-        forward, optimize = UNet2DConditionModel.forward, esd.optimize
+        forward, optimize = UNet2DConditionModel.forward, tuning.optimize
 
         def counted(unet, sample, *args, **kwargs):
             if torch.is_grad_enabled():
@@ -199,7 +199,7 @@ class Meter:
 
         self.patches = [
             patch.object(UNet2DConditionModel, "forward", counted),
-            patch.object(esd, "optimize", begun),
+            patch.object(tuning, "optimize", begun),
         ]
         for one in self.patches:
             one.start()

@@ -321,8 +321,9 @@ def test_regeneration_draws_the_edits_it_names(emoji, tmp_path):
         with edit.applied(emoji):
             assert row["target"] == world.object_rate(judged(emoji, church))
             undone = judged(emoji, church, attack=edit.context_map.inverse().matrix())
-        # control: T^-1 undoes it
-        assert world.object_rate(undone)["k"] >= result["before"]["target"]["k"] - 1
+        # control: T^-1 undoes it; RECE's, of condition 1e9, only amplifies rounding, where the derived map undoes it
+        back = {"uce": world.object_rate(undone), "rece": row["attack"]}[edit.metadata["method"]]
+        assert back["k"] >= result["before"]["target"]["k"] - 1
         good = [1 - row["target"]["rate"], row["others"]["rate"], 1 - row["synonyms"]["rate"]]
         by_hand = 3 / sum(1 / one for one in good) if min(good) else 0.0
         assert row["harmonic_mean"] == pytest.approx(by_hand, abs=1e-5)
