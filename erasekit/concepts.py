@@ -77,7 +77,8 @@ def _look_up(phrase: str, vocabulary: Mapping[str, tuple[Concept, ...]]) -> tupl
 
 def _written_out(tokenizer, text: str) -> str:
     """`text` as a pipeline converts it: the token of a textual inversion of several vectors as all of its tokens."""
-    several = any(f"{token}_1" in tokenizer.added_tokens_encoder for token in tokenizer.added_tokens_encoder)
+    added = tokenizer.added_tokens_encoder  # a property that builds a dict
+    several = any(f"{token}_1" in added for token in added)
     return TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer) if several else text
 
 

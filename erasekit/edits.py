@@ -226,9 +226,9 @@ class Edit:
 
         A context map is a LoRA exactly: W T - W = (W left) right^T. A delta is factored: of each layer's change a share
         of at most `error` (Frobenius norm) is left out, by default what single precision does not hold. Changed biases
-        go along as `lora_B.bias`, which diffusers reads since 0.33. Needs the base weights: `model`, or a model in
-        memory with the same fingerprint, or the edit's source, loaded again. Raises ValueError when none is at hand,
-        for a delta of something other than a UNet Linear, and for a layer that both stages change.
+        go along as `lora_B.bias` (diffusers 0.30 does not read it, 0.35 does). Needs the base weights: `model`, or a
+        model in memory with the same fingerprint, or the edit's source, loaded again. Raises ValueError when none is
+        at hand, and for a delta of something other than a UNet Linear.
         """
         if not 0 <= error < 1:
             raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")

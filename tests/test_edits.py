@@ -322,6 +322,13 @@ def test_lora_rank_is_the_rank_of_the_edit(model, tmp_path):
         assert {shape[0] for name, shape in shapes.items() if "lora_A" in name} == {rank}
 
 
+def with_lora(folder):
+    """What the stock pipeline draws with the LoRA of a folder."""
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(folder)
+    return stock_pictures(pipeline)
+
+
 def test_the_lora_of_esd_x_has_biases_and_stock_diffusers_reads_them(model, tmp_path):
     draw, unet = torch.Generator().manual_seed(0), dict(model.unet.named_parameters())
     names = unet_parameters(model.unet, "x")
@@ -330,25 +337,19 @@ def test_the_lora_of_esd_x_has_biases_and_stock_diffusers_reads_them(model, tmp_
     edit.to_lora(tmp_path)
     with edit.applied(model):
         edited = pictures(model)
-    pipeline = tiny_pipeline()
-    pipeline.load_lora_weights(tmp_path)
-    assert np.abs(stock_pictures(pipeline) - edited).max() <= 1
+    assert np.abs(with_lora(tmp_path) - edited).max() <= 1
     weights = {f"unet.{name}": value for name, value in noise.items() if not name.endswith("bias")}
     Edit.from_weight_delta(weights, model).to_lora(tmp_path / "without")
-    pipeline = tiny_pipeline()
-    pipeline.load_lora_weights(tmp_path / "without")
-    assert np.abs(stock_pictures(pipeline) - edited).max() > 2  # control: the biases show
+    assert np.abs(with_lora(tmp_path / "without") - edited).max() > 2  # control: the biases show
 
 
 def test_both_stages_of_an_edit_become_one_lora(model, tmp_path):
-    deltas = {n: t for n, t in delta_edit(model, rank=2).tensors.items()}
+    deltas = delta_edit(model, rank=2).tensors
     edit = Edit.from_weight_delta(deltas, model, context_map=map_edit(model).context_map)
     edit.to_lora(tmp_path)
     with edit.applied(model):
         edited = pictures(model)
-    pipeline = tiny_pipeline()
-    pipeline.load_lora_weights(tmp_path)
-    assert np.abs(stock_pictures(pipeline) - edited).max() <= 1
+    assert np.abs(with_lora(tmp_path) - edited).max() <= 1
 
 
 @pytest.mark.parametrize("error", [0.5, 0.1, 0.01])
