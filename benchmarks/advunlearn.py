@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import erasekit as ek
+from erasekit.evaluate.records import Result, save
 from erasekit.evaluate.runs import machine
 from erasekit.methods import advunlearn
-from erasekit.paths import write_atomically
 
 
 class Passes:
@@ -77,8 +77,8 @@ def main() -> None:
     }
     shared = found["kept"]["start"]["passes"] / paper.iterations
     one, other = (found[name]["iteration"]["passes"] for name in found)
-    result = {
-        "command": f"python benchmarks/advunlearn.py --iterations {given.iterations} --out {given.out.as_posix()}",
+    command = f"python benchmarks/advunlearn.py --iterations {given.iterations} --out {given.out.as_posix()}"
+    details = {
         "config": asdict(paper),
         **found,
         "fewer_passes": round(one / (other + shared), 1),
@@ -87,10 +87,9 @@ def main() -> None:
             / (found["kept"]["iteration"]["seconds"] + found["kept"]["start"]["seconds"] / paper.iterations),
             1,
         ),
-        "machine": machine(),
     }
-    write_atomically(given.out, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    save(Result(command, "benchmark", machine=machine(), details=details), given.out)
+    print(json.dumps(details, indent=1))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from erasekit import closed_form
 from erasekit.closed_form import ContextMap
-from erasekit.evaluate.world import machine
+from erasekit.evaluate.records import Result, save
+from erasekit.evaluate.runs import machine
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import rece, uce
-from erasekit.paths import write_atomically
 
 LENGTH = 77
 NORM = 27.0  # length of a token embedding of Stable Diffusion 1.4, roughly
@@ -268,15 +268,14 @@ def main() -> None:
         if family in given.families:
             rows.append(cell(family, concepts, preserved, epochs, given.budget, compare))
             print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "command": f"python benchmarks/closed_form.py --out {given.out.as_posix()}",
-        "machine": machine(),
+    details = {
         "threads": torch.get_num_threads(),
         "note": "random weights at true shapes: timings, not results",
         "encode_seconds_per_prompt": encoding(),
         "cells": rows,
     }
-    write_atomically(given.out, json.dumps(result, indent=1) + "\n")
+    command = f"python benchmarks/closed_form.py --out {given.out.as_posix()}"
+    save(Result(command, "benchmark", machine=machine(), details=details), given.out)
 
 
 if __name__ == "__main__":

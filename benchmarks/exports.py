@@ -22,9 +22,10 @@ import torch
 
 import erasekit as ek
 from erasekit.edits import Edit
+from erasekit.evaluate.records import Result, save
+from erasekit.evaluate.runs import machine
 from erasekit.layers import text_parameters, unet_parameters
 from erasekit.models import DiffusionModel
-from erasekit.paths import write_atomically
 
 OLD = ("peft==0.12.0", "huggingface_hub==0.25.2", "accelerate==0.34.2", "numpy<2.3", "safetensors==0.4.5")
 ENVIRONMENTS = {
@@ -104,7 +105,7 @@ def main() -> None:
         write_exports(exports)
         rows = {name: read(name, exports, Path(folder) / f"env{i}") for i, name in enumerate(ENVIRONMENTS)}
     command = f"python benchmarks/exports.py --out {given.out.as_posix()}"
-    write_atomically(given.out, json.dumps({"command": command, "environments": rows}, indent=1) + "\n")
+    save(Result(command, "benchmark", machine=machine(), details={"environments": rows}), given.out)
     print(json.dumps(rows, indent=1))
 
 

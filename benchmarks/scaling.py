@@ -10,7 +10,6 @@ are the captions of those. Acc_e and Acc_s are first choices of the judge among 
 """
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -22,9 +21,9 @@ import erasekit as ek
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.evaluate.records import EditMade, Measurement, Result, measurements, plain, read, save, shown
 from erasekit.methods import METHODS
 from erasekit.methods.rece import Pairs
-from erasekit.paths import write_atomically
 
 SIZES = (1, 5, 10, 25, 50)
 ERASED = [c.name for c in data.concepts()][::2][: SIZES[-1]]
@@ -53,16 +52,16 @@ def protocol(erased: list[str], pictures: int = 100) -> Protocol:
     return Protocol("emoji-many", prompts, measures, summary="H", erased=tuple(erased))
 
 
-def row(model: ek.DiffusionModel, module, config, count: int) -> dict:
-    """Erase the first `count` concepts by a method and measure."""
+def row(model: ek.DiffusionModel, module, config, count: int) -> tuple[ek.Edit, list[Measurement]]:
+    """Erase the first `count` concepts by a method and measure; the edit is called by their number."""
     with tempfile.TemporaryDirectory() as folder:  # what a method caches would make the next row cheaper
         more = {"folder": Path(folder)} if "folder" in signature(module.fit).parameters else {}
         start = time.perf_counter()
         edit = module.fit(model, ERASED[:count], KEPT, config=config, **more)
         seconds = time.perf_counter() - start
     done = runs.run(model, edit, protocol(ERASED[:count]), progress=True)
-    about = {"concepts": count, "seconds": round(seconds, 2), "bytes": edit.nbytes, "kind": edit.kind}
-    return about | done.measured() | {"protocol": done.protocol.short, "machine": runs.machine()}
+    about = {"seconds": round(seconds, 2), "machine": runs.machine()}
+    return edit, measurements(done.measured(), done.protocol, str(count), **about)
 
 
 def main() -> None:
@@ -90,24 +89,28 @@ def main() -> None:
         options += ["--pairs", given.pairs]
     model = ek.load("emoji")
     words = [given.method, *options, "--out", given.out.as_posix()]
-    head = {
-        "command": f"python benchmarks/scaling.py {' '.join(words)}",
-        "method": given.method,
-        "config": json.loads(json.dumps(asdict(config))),
-        "erased": ERASED,
-        "kept": KEPT,
+    whole = Result(
+        f"python benchmarks/scaling.py {' '.join(words)}",
+        "benchmark",
         **world.subject(model),
-    }
-    old = json.loads(given.out.read_text()) if given.out.exists() else {}
-    same = all(old.get(key) == head[key] for key in ("config", "erased", "fingerprint"))
-    rows = {one["concepts"]: one for one in old["rows"]} if same else {}
+        erased=tuple(ERASED),
+        details={"kept": KEPT, "config": plain(asdict(config)), "kinds": {}},
+    )
+    if given.out.exists():
+        old = read(given.out)
+        if (old.fingerprint, old.details["config"]) == (whole.fingerprint, whole.details["config"]):
+            whole = replace(old, command=whole.command)
     for count in SIZES:
-        if count not in rows and count <= given.most:
-            rows[count] = row(model, module, config, count)
-            write_atomically(
-                given.out, json.dumps({**head, "rows": [rows[k] for k in sorted(rows)]}, indent=1) + "\n"
+        if str(count) not in whole.edits and count <= given.most:
+            edit, found = row(model, module, config, count)
+            whole = replace(
+                whole,
+                edits=whole.edits | {str(count): EditMade.of(edit, module.PRESETS["emoji"])},
+                measurements=(*whole.measurements, *found),
+                details=whole.details | {"kinds": whole.details["kinds"] | {str(count): edit.kind}},
             )
-            print({key: rows[count][key] for key in ("concepts", "seconds", "bytes", "Acc_e", "Acc_s")})
+            save(whole, given.out)
+            print(count, {m.measure: shown(m.value) for m in found}, found[0].seconds, "s")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import erasekit as ek
 from erasekit import tuning
 from erasekit.concepts import Concept
+from erasekit.evaluate.records import Result, read, save
 from erasekit.evaluate.runs import machine, peak_memory_mb
 from erasekit.paths import BUILD, EMOJI_MODEL, write_atomically
 
@@ -418,35 +419,34 @@ def main() -> None:
             found = row(*given.row, given.device, Path(place))
         write_atomically(given.out, json.dumps(found))
         return
-    result = json.loads(given.out.read_text()) if given.out.exists() else {"rows": {}}
-    result = {
-        "command": f"python benchmarks/stable_diffusion.py --device {given.device} --out {given.out.as_posix()}",
+    details = {
         "what": "random weights at true shapes: timings, not results",
         "note": given.note,
-        "machine": machine(),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
         "recipes": recipes(),
-        "rows": result["rows"],
+        "rows": read(given.out).details["rows"] if given.out.exists() else {},
     }
+    command = f"python benchmarks/stable_diffusion.py --device {given.device} --out {given.out.as_posix()}"
+    result = Result(command, "benchmark", machine=machine(), details=details)
     again = [sys.executable, __file__, "--device", given.device, "--out"]
     passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # a thread that waits takes no processor time
     part = given.out.with_suffix(".row.json")
     for family, name in ROWS:
         label = f"{family}: {name}"
-        if family not in given.families or label in result["rows"]:
+        if family not in given.families or label in details["rows"]:
             continue
         if not folder(family).exists():
             subprocess.run([*again, os.devnull, "--build", family], check=True)
         subprocess.run([*again, str(part), "--row", family, name], check=True, env=passive)
-        result["rows"][label] = json.loads(part.read_text())
+        details["rows"][label] = json.loads(part.read_text())
         part.unlink()
-        print(label, json.dumps(result["rows"][label]), flush=True)
-        write_atomically(given.out, json.dumps(result, indent=1) + "\n")
+        print(label, json.dumps(details["rows"][label]), flush=True)
+        save(result, given.out)
     # order of the table, whatever was made when
     order = [f"{family}: {name}" for family, name in ROWS]
-    result["rows"] = {label: result["rows"][label] for label in order if label in result["rows"]}
-    write_atomically(given.out, json.dumps(result, indent=1) + "\n")
+    details["rows"] = {label: details["rows"][label] for label in order if label in details["rows"]}
+    save(result, given.out)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from erasekit.attacks import emoji as stages
 from erasekit.attacks import fine_tuning
 from erasekit.emoji import data
 from erasekit.evaluate import ablation, runs, world
+from erasekit.evaluate.records import ORIGINAL, EditMade, Measurement, Result, measurements, save
+from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel
-from erasekit.paths import BUILD, write_atomically
+from erasekit.paths import BUILD
 from erasekit.training import constant, optimize
 
 
@@ -50,24 +52,36 @@ def main() -> None:
     config = fine_tuning.Config(updates=300, every=100, alpha=1e-4, batch=16)
     tuned = variant(model, given.style, config)
     asked, plain = ablation.protocol(given.concept), world.grid(template="a {}", styles=[given.style])
-    found = {}
-    for name, one in (("emoji model", model), ("tuned UNet", tuned)):
-        styles = world.style_rate(world.judged(one, plain, progress=True))
-        whole = {"encoder": runs.run(one, None, asked), "erased": runs.run(one, edit, asked)}
-        found[name] = {"drawn in the style": styles} | {key: run.measured() for key, run in whole.items()}
-    result = {
-        "command": f"python benchmarks/transfer.py {json.dumps(given.concept)} EDIT --style {given.style} "
-        f"--out {given.out.as_posix()}",
-        "erased": given.concept,
-        "edit": {key: edit.metadata[key] for key in ("method", "config", "concepts")},
-        "protocol": asked.short,
-        "tuning": asdict(config) | {"style": given.style},
-        "fingerprints": {"emoji model": model.fingerprint(), "tuned UNet": tuned.fingerprint()},
-        "models": found,
-        "machine": runs.machine(),
-    }
-    write_atomically(given.out, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    made, found = EditMade.of(edit, METHODS[edit.metadata["method"]].PRESETS["emoji"]), []
+    for name, one in ((None, model), ("tuned UNet", tuned)):
+        styled = world.judged(one, plain, progress=True)
+        found.append(
+            Measurement(
+                "drawn in the style",
+                world.style_rate(styled),
+                protocol="judged",
+                hash=styled.attrs["protocol"].rpartition("-")[2],
+                model=name,
+            )
+        )
+        for label, change in ((ORIGINAL, None), (made.label, edit)):
+            found += measurements(runs.run(one, change, asked).measured(), asked, label, model=name)
+    command = f"python benchmarks/transfer.py {json.dumps(given.concept)} EDIT --style {given.style}"
+    result = Result(
+        f"{command} --out {given.out.as_posix()}",
+        "benchmark",
+        **world.subject(model),
+        erased=(given.concept,),
+        machine=runs.machine(),
+        edits={made.label: made},
+        measurements=tuple(found),
+        details={
+            "tuning": asdict(config) | {"style": given.style},
+            "fingerprints": {"tuned UNet": tuned.fingerprint()},
+        },
+    )
+    save(result, given.out)
+    print(result.table().to_string())
 
 
 if __name__ == "__main__":

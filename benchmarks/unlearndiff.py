@@ -19,8 +19,8 @@ import torch
 import erasekit as ek
 from erasekit.attacks import emoji, sees, unlearndiff
 from erasekit.attacks.common import Measure
+from erasekit.evaluate.records import Result, save
 from erasekit.evaluate.runs import machine
-from erasekit.paths import write_atomically
 
 
 def timed(victim, staged, goal: Measure, targets, config, which: list[list[int]]) -> tuple[float, list]:
@@ -58,8 +58,8 @@ def main() -> None:
     one_by_one, singles = timed(victim, staged, never, targets, config, [[i] for i in everyone])
     together, batch = timed(victim, staged, never, targets, config, [everyone])
     texts = lambda attempt: [step["text"] for step in attempt.trace]
-    result = {
-        "command": f"python benchmarks/unlearndiff.py --attempts {given.attempts} --out {given.out.as_posix()}",
+    command = f"python benchmarks/unlearndiff.py --attempts {given.attempts} --out {given.out.as_posix()}"
+    details = {
         "attempts": given.attempts,
         "updates": len(config.timesteps) * config.updates,
         "looks": len(config.timesteps),
@@ -67,10 +67,9 @@ def main() -> None:
         "together_seconds": round(together, 2),
         "ratio": round(one_by_one / together, 2),
         "same_texts": sum(texts(a) == texts(b) for a, b in zip(singles, batch, strict=True)),
-        "machine": machine(),
     }
-    write_atomically(given.out, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    save(Result(command, "benchmark", machine=machine(), details=details), given.out)
+    print(json.dumps(details, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from erasekit import notebooks as runner
-from erasekit.paths import write_atomically
 
 app = App(
     name="erasekit",
@@ -99,6 +98,8 @@ def evaluate(
     import json
 
     import erasekit as ek
+    from erasekit.cli_methods import made
+    from erasekit.evaluate import records
 
     chosen = _protocol(protocol, erased, pictures, adversarial)
     loaded = ek.Edit.load(edit) if edit else None
@@ -112,7 +113,7 @@ def evaluate(
         attacked += f" --pictures {pictures}" if pictures != 100 else ""
         options = f"{named}{edited}{elsewhere}{attacked}"
         command = f"python -m erasekit evaluate {protocol}{options} --out {out.as_posix()}"
-        write_atomically(out, json.dumps({"command": command, **done.result()}, indent=1) + "\n")
+        records.save(done.result(command, made(loaded) if loaded else None), out)
 
 
 @app.command
@@ -155,9 +156,9 @@ def _protocol(name: str, erased: Sequence[str], pictures: int = 100, adversarial
 
 def _found(path: Path) -> list[str]:
     """The adversarial texts of a result of `attack`, without repeats."""
-    import json
+    from erasekit.evaluate import records
 
-    texts = [one["found"] for one in json.loads(path.read_text())["attempts"] if one["found"]]
+    texts = [one["found"] for one in records.read(path).details["attempts"] if one["found"]]
     if not texts:
         raise ValueError(f"{path}: this attack found no texts")
     return list(dict.fromkeys(texts))

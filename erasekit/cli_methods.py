@@ -15,10 +15,9 @@ from cyclopts import App, Parameter
 import erasekit as ek
 from erasekit.attacks import ATTACKS
 from erasekit.attacks import emoji as stages
-from erasekit.attacks.common import save, unknowing
-from erasekit.evaluate import world
+from erasekit.attacks.common import unknowing
+from erasekit.evaluate import metrics, records, world
 from erasekit.methods import METHODS
-from erasekit.paths import write_atomically
 from erasekit.settings import chosen
 
 erase = App(
@@ -143,13 +142,15 @@ def _run(method, module, given, concepts, out, edit, preserve, anchor, preset) -
     model, fitted = _fitted(module, given, concepts, preserve, anchor, "emoji", preset)
     if edit:
         fitted.save(edit)
-    result = world.measure(model, fitted, progress=True)
     words = [method, *map(json.dumps, concepts)]
     words += _given({"preserve": preserve, "anchor": anchor, "preset": preset, **given})
     line = f"python -m erasekit run {' '.join(words)} --out {out.as_posix()}"
-    write_atomically(out, json.dumps({"command": line, **result}, indent=1) + "\n")
-    before, after = (result[when]["target"]["rate"] for when in ("before", "after"))
-    print(f"{out}: target {before:.1%} to {after:.1%}, others fall by {result['others_fall']:.1%}")
+    result = world.measure(model, fitted, module.PRESETS["emoji"], command=line, progress=True)
+    records.save(result, out)
+    told = lambda measure: [
+        metrics.text(result.value(measure, edit, "judged")) for edit in (records.ORIGINAL, result.label)
+    ]
+    print(f"{out}: target {' to '.join(told('target'))}; others {' to '.join(told('others'))}")
 
 
 def _attack_parameters(
@@ -184,11 +185,21 @@ def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
         *["--control"] * control,
     ]
     words += [f"--attempts {attempts}", *_given(given)]
-    method = loaded.metadata["method"] if loaded else "no text" if control else "no edit"
-    made = {key: loaded.metadata[key] for key in ("method", "config", "concepts")} if loaded else None
     line = f"python -m erasekit attack {' '.join(words)} --out {out.as_posix()}"
-    save(result, out, line, **world.subject(original), erased=concept, method=method, edit_made=made)
+    whole = result.result(
+        line, erased=[concept], made=made(loaded) if loaded else None, subject=world.subject(original),
+        victim=records.NO_TEXT if control else None,
+    )  # fmt: skip
+    records.save(whole, out)
     print(result.table().T.to_string(header=False))
+
+
+def made(edit: ek.Edit) -> records.EditMade:
+    """What a result says of an edit: its settings beside those of the method's preset for the emoji model."""
+    method = METHODS.get(edit.metadata["method"])
+    if method is None:
+        raise ValueError(f"no method here is called {edit.metadata['method']!r}")
+    return records.EditMade.of(edit, method.PRESETS["emoji"])
 
 
 def _given(options: dict) -> list[str]:

@@ -26,8 +26,9 @@ from erasekit.concepts import token_ids
 from erasekit.evaluate import metrics, runs
 from erasekit.evaluate.judges import JUDGES, checked
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.evaluate.records import ORIGINAL, EditMade, Result, measurements
 from erasekit.models import DiffusionModel
-from erasekit.paths import BUILD, write_atomically
+from erasekit.paths import BUILD
 from erasekit.sampling import ddim
 from erasekit.tokens import fits
 from erasekit.tuning import digest
@@ -135,26 +136,43 @@ class AttackResult:
             ]
         )
 
-    def result(self, traces: bool = True) -> dict:
-        """All of it as plain data, to be committed."""
+    def result(
+        self,
+        command: str = "",
+        *,
+        erased: Sequence[str] = (),
+        made: EditMade | None = None,
+        victim: str | None = None,
+        subject: dict | None = None,
+        traces: bool = True,
+    ) -> Result:
+        """The measurements "raw", "attack" (`success`) and "alone" with all that they depend on, to be committed.
+
+        made: the edit that was attacked. victim: its name where it has none ("original", "no text"). subject:
+        fingerprints of the model before the edit, `world.subject`.
+        """
+        label = victim or (made.label if made else ORIGINAL)
+        counted = {"raw": self.raw(), "attack": self.success(), "alone": self.alone()}
         attempts = [asdict(one) for one in self.attempts]
         if not traces:
             attempts = [{k: v for k, v in one.items() if k != "trace"} for one in attempts]
-        return {
-            "attack": self.attack,
-            "needs": self.needs,
-            "protocol": {"name": self.protocol.name, "hash": self.protocol.hash},
-            "victim": self.model,
-            "edit": list(self.edit),
-            "config": self.config,
-            "raw": self.raw(),
-            "success": self.success(),
-            "alone": self.alone(),
-            "separate": metrics.separated(self.raw(), self.success()),
-            "course": list(self.course),
-            "attempts": attempts,
-            "machine": runs.machine(),
-        }
+        return Result(
+            command,
+            "attack",
+            **(subject or {}),
+            erased=tuple(erased),
+            machine=runs.machine(),
+            edits={made.label: made} if made else {},
+            measurements=tuple(measurements(counted, self.protocol, label, attack=self.attack)),
+            details={
+                "attack": self.attack,
+                "needs": self.needs,
+                "victim": self.model,
+                "config": self.config,
+                "course": list(self.course),
+                "attempts": attempts,
+            },
+        )
 
 
 # The victim
@@ -354,11 +372,6 @@ def standard_normal(like: Tensor, generators: Sequence[torch.Generator]) -> Tens
     """Noise of the shape of `like`, row i from generator i, drawn in float32 on the CPU."""
     rows = [torch.randn(like.shape[1:], generator=one) for one in generators]
     return torch.stack(rows).to(like.device, like.dtype)
-
-
-def save(result: AttackResult, path: Path, command: str, **more) -> None:
-    """Write the result file that notebooks read."""
-    write_atomically(path, json.dumps({"command": command, **more, **result.result()}, indent=1) + "\n")
 
 
 def unknowing(model: DiffusionModel, generator: torch.Generator) -> DiffusionModel:

@@ -32,9 +32,9 @@ from erasekit.attacks import unlearndiff
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol, associations, synonyms, weapons
+from erasekit.evaluate.records import EditMade, Measurement, Result, measurements, plain, read, save, shown
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
-from erasekit.paths import write_atomically
 
 SWITCHES = ("closed_form", "lora", "neighbour", "beyond")  # RealEra's
 SWITCHED = [dict(zip(SWITCHES, on, strict=True)) for on in product((True, False), repeat=len(SWITCHES))]
@@ -167,14 +167,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "rank 4": EQUAL | {"rank": 4},
     },
 }
-HEAD = (
-    "method",
-    "attempts",
-    "preserve",
-    "protocol",
-    "attack",
-    "fingerprint",
-)  # what rows of one file have in common
 DEFAULT = {method: METHODS[method].PRESETS["emoji"] for method in VARIANTS}
 
 
@@ -239,14 +231,16 @@ def measure(
     attempts: int,
     preserve: Sequence[str] = (),
     progress: bool = True,
-) -> dict:
-    """One variant: its settings, the rates of the module's table, and the course of its training."""
+) -> tuple[EditMade, list[Measurement], dict]:
+    """One variant: the edit, its measurements of the module's table, still without the variant as their edit, and
+    the course of its training.
+    """
     (concept,) = asked.erased
     config = replace(DEFAULT[method], **changes)
-    course, times = [], []
+    states, times = [], []
 
     def note(state: dict) -> None:
-        course.append(state)
+        states.append(state)
         times.append(time.perf_counter())
 
     trained = {"progress": progress} if hasattr(config, "iterations") else {}
@@ -258,25 +252,27 @@ def measure(
     done = runs.run(model, edit, asked, progress=progress)
     victim = edit.merged(model)
     before, after = model.encode(""), victim.encode("")
-    told = {name: asdict(value) if is_dataclass(value) else value for name, value in changes.items()}
-    row = {"changes": told, "config": asdict(config), "seconds": round(seconds, 1), **done.measured()}
-    row["machine"] = runs.machine()
-    row["drift"] = round(float((after - before).norm() / before.norm()), 5)
+    about = {"machine": runs.machine()}
+    found = measurements(done.measured(), asked, seconds=round(seconds, 1), **about)
+    drift = {"value": round(float((after - before).norm() / before.norm()), 5)}
+    found += measurements({"drift": drift}, asked, **about)
     if attempts:
         staged = stages.stage(concept, attempts)
-        found = stages.attack(
+        attacked = stages.attack(
             "unlearndiff", victim, model, staged, config=attacker(attempts), progress=progress
         )
-        row["attack"] = found.success()
-    row["course"] = [
+        success = {"attack": attacked.success()}
+        found += measurements(success, attacked.protocol, attack=attacked.attack, **about)
+    course = [
         {
             k: v if isinstance(v, str) else round(v, 6)
             for k, v in state.items()
             if isinstance(v, str | int | float)
         }
-        for state in course[::10]
+        for state in states[::10]
     ]
-    return row
+    told = {name: asdict(value) if is_dataclass(value) else value for name, value in changes.items()}
+    return EditMade.of(edit, DEFAULT[method]), found, {"changes": told, "course": course}
 
 
 def main() -> None:
@@ -298,30 +294,42 @@ def main() -> None:
     asked = protocol(given.concept, sentences=given.method in ("mace", "realera"))
     kept = "".join(f" --preserve {json.dumps(name)}" for name in given.preserve)
     words = f"{given.method} {json.dumps(given.concept)}{kept} --attempts {given.attempts}"
-    head = {
-        "command": f"python -m erasekit.evaluate.ablation {words} --out {given.out.as_posix()}",
+    before = runs.run(model, None, asked, progress=True).measured()
+    settings = {
         "method": given.method,
         "attempts": given.attempts,
-        "erased": given.concept,
-        **({"preserve": given.preserve} if given.preserve else {}),
-        "protocol": asked.short,
+        "preserve": given.preserve,
         "attack": {"name": "UnlearnDiffAtk", "config": asdict(attacker(given.attempts))},
-        **world.subject(model),
     }
-    old = json.loads(given.out.read_text()) if given.out.exists() else {}
-    same = all(old.get(key) == json.loads(json.dumps(head.get(key))) for key in HEAD)
-    found = old["variants"] if old and same else {}
-    head["before"] = runs.run(model, None, asked, progress=True).measured()
+    whole = Result(
+        f"python -m erasekit.evaluate.ablation {words} --out {given.out.as_posix()}",
+        "ablation",
+        **world.subject(model),
+        erased=(given.concept,),
+        measurements=tuple(measurements(before, asked)),
+        details=plain(settings | {"variants": {}}),
+    )
+    if given.out.exists():
+        whole = going_on(whole, read(given.out))
     for name in given.only or VARIANTS[given.method]:
-        config = json.loads(
-            json.dumps(asdict(replace(DEFAULT[given.method], **VARIANTS[given.method][name])))
-        )
-        if found.get(name, {}).get("config") == config:
-            continue
         changes = VARIANTS[given.method][name]
-        found[name] = measure(model, given.method, asked, changes, given.attempts, given.preserve)
-        write_atomically(given.out, json.dumps({**head, "variants": found}, indent=1) + "\n")
-        print(name, {key: found[name].get(key) for key in ("target", "others", "attack", "drift", "seconds")})
+        config = plain(asdict(replace(DEFAULT[given.method], **changes)))
+        if name in whole.edits and whole.edits[name].config == config:
+            continue
+        edit, found, course = measure(model, given.method, asked, changes, given.attempts, given.preserve)
+        rows = [m for m in whole.measurements if m.edit != name] + [replace(m, edit=name) for m in found]
+        details = whole.details | {"variants": whole.details["variants"] | {name: course}}
+        whole = replace(whole, edits=whole.edits | {name: edit}, measurements=tuple(rows), details=details)
+        save(whole, given.out)
+        print(name, {m.measure: shown(m.value) for m in found})
+
+
+def going_on(new: Result, old: Result) -> Result:
+    """The old file under the new command if its variants were measured as new ones will be, else the new one."""
+    same = (new.fingerprint, new.erased) == (old.fingerprint, old.erased)
+    same &= all(old.details.get(key) == value for key, value in new.details.items() if key != "variants")
+    hashes = {m.hash[:8] for m in (*new.measurements, *old.measurements) if m.attack is None}
+    return replace(old, command=new.command) if same and len(hashes) == 1 else new
 
 
 if __name__ == "__main__":

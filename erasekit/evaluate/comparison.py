@@ -6,17 +6,16 @@
 A row is one method, one protocol, one measure. Rows are comparable when they agree in `protocol` and `hash`.
 """
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from erasekit.emoji import data
+from erasekit.evaluate import records
 from erasekit.evaluate.metrics import rate
 from erasekit.evaluate.protocols import CIFAR
-from erasekit.evaluate.runs import shown
 from erasekit.paths import RESULTS
 
 # Which way a good erasure goes, for the measures of all kinds of result files
@@ -35,111 +34,43 @@ LOW = (
 )
 HIGH = ("Acc_s", "elsewhere", "tools kept", "others", "objects", "styles", "CLIP score", "H_o", "H")
 GOALS = dict.fromkeys(LOW, "low") | dict.fromkeys(HIGH, "high")
-BEFORE = "original"  # the unedited model, under the key that figures have for it
+KINDS = ("run", "protocol", "attack")  # of results about whole edits; "regeneration" is about RECE's rounds
 
 
 def gathered(folder: Path = RESULTS) -> pd.DataFrame:
     """One row for each method, protocol and measure of the result files in a folder.
 
-    Columns: method (a key of `erasekit.methods.METHODS` with its variant behind a hyphen, or "original"), concept,
-    protocol, hash, measure, goal ("low" or "high"), k, n, rate, low, high (a mean has no k, a distance no interval),
-    text, kept (how many concepts the method was told to keep; absent where the file does not say), bytes (of the
-    edit), file. Attacks are protocols of the measures "raw" and "attack". Ablations and benchmarks are not read.
+    Columns: those of `records.Result.table`, and method (a key of `erasekit.methods.METHODS` with the words of its
+    variant behind a hyphen, "original" or "no text"), concept, goal ("low" or "high"), file. Attacks are protocols of
+    the measures "raw" and "attack". Ablations, benchmarks and measures without a goal are left out.
     """
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
-        kind, _, rest = path.stem.partition("_")
-        if kind in ("ablation", "benchmark", "adversarial"):
-            continue
-        if "attack" in found:
-            read = _attack(found, rest, kind)
-        elif "measured" in found:
-            read = _run(found, rest, kind)
-        elif "after" in found:
-            read = _world(found, path.stem)
-        else:
-            continue  # course of RECE's regeneration
-        rows += [{**row, "file": path.name} for row in read]
-    table = pd.DataFrame(rows)
-    same = table["method"].eq(BEFORE) & table.duplicated(["concept", "protocol", "hash", "measure", "rate"])
-    table = table[~same].reset_index(drop=True)  # files about one concept repeat the unedited model
+    table = records.tables(records.all_of(*KINDS, folder=folder))
     table["goal"] = table["measure"].map(GOALS)
+    table = table[table["goal"].notna()]
+    armed = {c.name for c in data.concepts() if c.weapon}
+    told = lambda erased: "weapon" if set(erased) == armed else ", ".join(erased)
+    table = table.assign(
+        method=table["edit"],
+        concept=table["erased"].map(told),
+        protocol=table["attack"].where(table["attack"].notna(), table["protocol"]),
+    )
+    same = ["concept", "protocol", "hash", "measure", "rate"]
+    repeated = table["method"].eq(records.ORIGINAL) & table.duplicated(
+        same
+    )  # once for each edit that it is beside
+    table = table[~repeated].reset_index(drop=True)
     return table.astype({"k": "Int64", "n": "Int64", "kept": "Int64", "bytes": "Int64"})
-
-
-def _attack(found: dict, rest: str, kind: str) -> list[dict]:
-    """ATTACK_VARIANT_CONCEPT, or for unlearndiff_* VARIANT_CONCEPT."""
-    variant, concept = rest.split("_")[1:3] if kind == "attack" else rest.split("_")[:2]
-    method = {"none": BEFORE, "control": "no text"}.get(variant, variant)
-    made = found.get("edit_made") or {}
-    about = {
-        "method": method,
-        "concept": concept,
-        "protocol": found["attack"],
-        "hash": found["protocol"]["hash"][:8],
-        "kept": len(made["concepts"]["preserve"]) if made else None,
-    }
-    return [
-        {**about, "measure": name, **_as_rate(found[key])}
-        for name, key in (("raw", "raw"), ("attack", "success"))
-    ]
-
-
-def _run(found: dict, rest: str, kind: str) -> list[dict]:
-    erased = found["protocol"]["erased"]
-    variant = rest.split("_")[0]
-    method = BEFORE if kind == "base" or variant == "none" else variant
-    about = {
-        "method": method,
-        "concept": erased[0] if len(erased) == 1 else "weapon" if erased else "",
-        "protocol": found["protocol"]["name"],
-        "hash": found["protocol"]["hash"][:8],
-    }
-    return [
-        {**about, "measure": name, **_as_rate(one)}
-        for name, one in found["measured"].items()
-        if name in GOALS
-    ]
-
-
-def _world(found: dict, stem: str) -> list[dict]:
-    variant, concept = re.fullmatch(r"(?:whole_)?([a-z-]+)_([a-z]+)(?:_all)?", stem).groups()
-    about = {"concept": concept, "kept": len(found["preserve"]), "bytes": found["edit_bytes"]}
-    rows = []
-    for method, key in ((BEFORE, "before"), (variant, "after")):
-        own = {**about, "method": method, "protocol": "judged", "hash": found["protocol"].rpartition("-")[2]}
-        rows += [
-            {**own, "measure": name, **_as_rate(one)} for name, one in found[key].items() if name in GOALS
-        ]
-        if "utility" in found:
-            name, _, short = found["utility"]["protocol"].rpartition("-")
-            own |= {"protocol": name, "hash": short}
-            rows += [
-                {**own, "measure": one, **_as_rate(value)} for one, value in found["utility"][key].items()
-            ]
-    if "utility" in found:
-        frechet = found["utility"]["emoji-clip"]["Frechet"]
-        rows.append({**own, "measure": "Frechet", "rate": frechet, "text": f"{frechet:.4f}"})
-    return rows
-
-
-def _as_rate(one: dict) -> dict:
-    rates = {"rate" if name in ("mean", "harmonic_mean") else name: value for name, value in one.items()}
-    return rates | {"text": shown(one)}
 
 
 def ten_objects(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `gathered` under MACE's object protocol, ten classes, one erased at a time.
 
-    UCE and RECE keep the other nine classes (for "dog" that is not the edit that is attacked: "uce-nine", "rece-nine"
-    and "rece-startnine", here under the name without "nine"), the other methods what their presets keep.
+    UCE and RECE keep the other nine classes (for "dog" that is not the edit that is attacked, which keeps three), the
+    other methods what their presets keep.
     """
     rows = table[table["protocol"].eq("emoji-objects") & table["concept"].isin(CIFAR)]
-    plain = lambda names: names.str.removesuffix("nine").str.removesuffix("-")
-    nine = rows["method"].str.endswith("nine")
-    attacked = rows["concept"].eq("dog") & rows["method"].isin(plain(rows["method"][nine]))
-    return rows[~attacked].assign(method=plain(rows["method"]))
+    most = rows.groupby(["method", "concept"])["kept"].transform("max")
+    return rows[rows["kept"].isna() | rows["kept"].eq(most)]
 
 
 def pooled(rows: pd.DataFrame) -> pd.DataFrame:

@@ -79,13 +79,13 @@ def _not_finite(name: str):
 
 
 def problems(result: dict, subject: dict[str, str]) -> Iterator[str]:
-    """What keeps a result from being committed: other weights than those of `subject` (fingerprint, vae, judge; see
+    """What keeps a result from being committed: other weights than those of `subject` (fingerprint, vae, judges; see
     `world.subject`), or rates that do not follow from their counts.
     """
-    models, judges = result.get("fingerprints", {}), result.get("judges", {})  # of a transfer, of a protocol
-    named = {"fingerprint": models.get("emoji model"), "judge": judges.get("emoji-object")} | result
-    for part, wanted in subject.items():
-        if named.get(part) not in (None, wanted):
+    of = lambda one: one | {f"judge {name}": version for name, version in one.get("judges", {}).items()}
+    named = of(result)
+    for part, wanted in of(subject).items():
+        if part != "judges" and named.get(part) not in (None, wanted):
             yield f"{part} is {_short(named[part])}, of the committed weights {_short(wanted)}: measure it again"
     yield from _wrong_rates(result)
 

@@ -30,12 +30,12 @@ from erasekit.closed_form import weight_gram
 from erasekit.edits import Edit
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
-from erasekit.evaluate.metrics import harmonic_mean, separated
+from erasekit.evaluate.metrics import harmonic_mean
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.evaluate.records import EditMade, Result, measurements, save
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import rece
 from erasekit.models import DiffusionModel, load
-from erasekit.paths import write_atomically
 
 
 def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
@@ -82,8 +82,11 @@ def measure(
     steps: int = world.STEPS,
     folder: Path = runs.RUNS,
     progress: bool = False,
-) -> dict:
-    """The module's table as a dict, `pictures` of each kind (synonyms: as many as there are, once each, at most)."""
+    command: str = "",
+) -> Result:
+    """The module's table, `pictures` of each kind (synonyms: as many as there are, once each, at most); the edits are
+    called "round 0", which is UCE, "round 1", ...
+    """
     config = config or rece.PRESETS["emoji"]
     states: list[dict] = []
     edit = rece.fit(model, erase, preserve, config=config, callback=states.append)
@@ -100,48 +103,46 @@ def measure(
     def without_attack() -> dict:
         return runs.run(model, None, asked, folder=folder, progress=progress).measured()
 
-    before = {} if skip_before else without_attack()
+    found = [] if skip_before else measurements(without_attack(), asked)
     gram = weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
     eye = torch.eye(gram.shape[0], dtype=torch.float64)
-    rounds, previous = [], None
+    edits, rounds, previous = {}, [], None
     for state in states:
         t = state["context_map"]
         attack = rece.derive(t, gram, eye, config.lam).T
         edit_k = Edit.from_context_map(
             t, model, method="rece", config=config, concepts=edit.metadata["concepts"]
         )
-        row = {"round": state["step"]}
+        label, row = f"round {state['step']}", {}
+        own = replace(EditMade.of(edit_k, rece.PRESETS["emoji"]), erased=tuple(erased))
+        edits[label] = replace(own, config=own.config | {"epochs": state["step"]})
         with edit_k.applied(model):
             if state["step"] in (0, config.epochs):
                 row |= without_attack()
                 kept = [1 - row["target"]["rate"], row["others"]["rate"]]
                 kept += [1 - row["synonyms"]["rate"]] if "synonyms" in row else []
-                row["harmonic_mean"] = round(harmonic_mean(kept), 5)
+                row["harmonic_mean"] = {"harmonic_mean": round(harmonic_mean(kept), 5)}
             row["attack"] = rates(attack)
             if previous is not None:
-                rounds[-1]["attack_after"] = rates(previous)
-        row["residuals"] = {
+                found += measurements({"attack_after": rates(previous)}, asked, rounds[-1]["edit"])
+        found += measurements(row, asked, label)
+        residuals = {
             key: state[key]
             for key in ("erase_residual", "preserve_drift", "attack_residual", "norm_ratio")
             if key in state
         }
-        rounds.append(row)
+        rounds.append({"edit": label, "residuals": residuals})
         previous = attack
-    return {
-        "protocol": asked.short,
+    return Result(
+        command,
+        "regeneration",
         **world.subject(model),
-        "method": "rece",
-        "erased": erased,
-        "preserve": list(preserve),
-        "config": edit.metadata["config"],
-        "before": before,
-        "rounds": rounds,
-        "attack_falls_from_uce_to_rece": separated(rounds[0]["attack"], rounds[-1]["attack"]),
-        "edit_bytes": edit.nbytes,
-        "steps": steps,
-        "guidance": world.GUIDANCE,
-        "machine": world.machine(),
-    }
+        erased=tuple(erased),
+        machine=runs.machine(),
+        edits=edits,
+        measurements=tuple(found),
+        details={"steps": steps, "guidance": world.GUIDANCE, "rounds": rounds},
+    )
 
 
 def main() -> None:
@@ -181,8 +182,9 @@ def main() -> None:
         config=replace(preset, epochs=given.epochs, pairs=given.pairs or preset.pairs),
         skip_before=given.skip_before,
         progress=True,
+        command=command,
     )
-    write_atomically(given.out, json.dumps({"command": command, **result}, indent=1) + "\n")
+    save(result, given.out)
 
 
 if __name__ == "__main__":

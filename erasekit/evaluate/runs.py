@@ -42,6 +42,7 @@ from erasekit.edits import Edit
 from erasekit.evaluate import metrics
 from erasekit.evaluate.judges import FEATURES, JUDGES, checked
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
+from erasekit.evaluate.records import EditMade, Result, measurements, shown
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing, write_atomically
 
@@ -189,24 +190,14 @@ class Run:
             }
         )
 
-    def result(self) -> dict:
-        """All of it as plain data, to be committed."""
-        return {
-            "protocol": {
-                "name": self.protocol.name,
-                "hash": self.protocol.hash,
-                "erased": self.protocol.erased,
-            },
-            "measured": self.measured(),
-            "fingerprint": self.manifest["model"],
-            **{key: self.manifest[key] for key in ("vae", "edit", "judges", "machine", "versions")},
-        }
-
-
-def shown(value: dict) -> str:
-    if "harmonic_mean" in value:
-        return f"{value['harmonic_mean']:.3f}"
-    return f"{value['count']} in {value['n']} pictures" if "count" in value else metrics.text(value)
+    def result(self, command: str = "", made: EditMade | None = None) -> Result:
+        """The measurements with all that they depend on, to be committed. made: the edit, if there is one."""
+        edits = {made.label: made} if made else {}
+        told = self.manifest
+        return Result(
+            command, "protocol", told["model"], told["vae"], told["judges"], self.protocol.erased, told["machine"],
+            edits, tuple(measurements(self.measured(), self.protocol, *edits)), {"versions": told["versions"]},
+        )  # fmt: skip
 
 
 def reading(measure: Measure, prompt: Prompt, record: dict | list) -> float:

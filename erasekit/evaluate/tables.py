@@ -18,7 +18,7 @@ from pathlib import Path
 
 from erasekit.concepts import Concept, content_ids
 from erasekit.edits import Edit
-from erasekit.evaluate import judges, protocols, runs
+from erasekit.evaluate import judges, protocols, records, runs
 from erasekit.evaluate.protocols import ARTISTS, IMAGENETTE, Measure, Protocol
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel
@@ -210,10 +210,11 @@ def fill(
             continue
         edit = _edited(model, row, erase, changes or {}, place, label, progress)
         done = [runs.run(model, edit, one, folder=place / "runs", progress=progress) for one in asked]
-        found = {"results": [run.result() for run in done]}
+        made = records.EditMade.of(edit, METHODS[row[0]].PRESETS[row[1]]) if edit else None
+        found = {"results": [records.plain(run.result(made=made)) for run in done]}
         if table.attack:
             found["attack"] = _attacked(
-                model, edit, table.attack, done[0], changes or {}, place, targets, progress
+                model, edit, made, table.attack, done[0], changes or {}, place, targets, progress
             )
         record["rows"][label] = found
         write_atomically(out, json.dumps(record, indent=1) + "\n")
@@ -245,7 +246,7 @@ def _changed(config, changes: dict):
 
 
 def _attacked(
-    model, edit, preset: str, done: runs.Run, changes: dict, place: Path, targets: list, progress
+    model, edit, made, preset: str, done: runs.Run, changes: dict, place: Path, targets: list, progress
 ) -> dict:
     """UnlearnDiffAtk on the prompts that leave it room; `targets`, the unedited model's pictures, are drawn once."""
     from erasekit.attacks import unlearndiff
@@ -263,4 +264,7 @@ def _attacked(
             model, prompts, goal=goal, targets=targets, seeds=seeds, config=config, folder=place / "attacks",
             progress=progress,
         )  # fmt: skip
-    return {**found.result(traces=False), "too_long_for_it": len(every) - len(shots)}
+    return {
+        **records.plain(found.result(made=made, traces=False)),
+        "too_long_for_it": len(every) - len(shots),
+    }

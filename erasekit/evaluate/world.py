@@ -10,8 +10,9 @@ import torch
 from erasekit.edits import Edit
 from erasekit.emoji import data, judge
 from erasekit.evaluate import runs
-from erasekit.evaluate.metrics import rate, separated, text
+from erasekit.evaluate.metrics import rate, text
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol, utility
+from erasekit.evaluate.records import ORIGINAL, EditMade, Result, measurements
 from erasekit.evaluate.runs import machine
 from erasekit.models import DiffusionModel
 
@@ -128,7 +129,7 @@ def subject(model: DiffusionModel) -> dict:
     return {
         "fingerprint": model.fingerprint(),
         "vae": model.vae_fingerprint(),
-        "judge": judge.fingerprint(),
+        "judges": {"emoji-object": judge.fingerprint()},
     }
 
 
@@ -144,11 +145,19 @@ def whole_world(erased: Sequence[str], target_pictures: int = 50) -> list[Prompt
     return [replace(p, seed=0) for p in everything] + [replace(p, seed=s) for s in more for p in aimed]
 
 
-def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, progress: bool = False) -> dict:
+def measure(
+    model: DiffusionModel,
+    edit: Edit,
+    preset,
+    *,
+    command: str = "",
+    target_pictures: int = 50,
+    progress: bool = False,
+) -> Result:
     """`erasure` of an edit of the emoji model over the whole world.
 
     The prompts are those of `whole_world`; the same pictures then give `protocols.utility`. What the model draws before
-    the edit is drawn once and reused.
+    the edit is drawn once and reused. preset: the method's Config, from which the edit's settings are told apart.
     """
     named = model.concepts(edit.metadata["concepts"]["erase"])
     erased = [concept.name for concept in named]
@@ -157,26 +166,26 @@ def measure(model: DiffusionModel, edit: Edit, *, target_pictures: int = 50, pro
     before = draw()
     with edit.applied(model):
         after = draw()
-    result = erasure(before, after, erased)
-    asked = utility(erased)
-    others = [runs.run(model, one, asked, progress=progress) for one in (None, edit)]
-    result["utility"] = {
-        "protocol": asked.short,
-        "before": others[0].measured(),
-        "after": others[1].measured(),
-        **{feature: runs.distances(*(one.features(feature) for one in others)) for feature in asked.features},
+    counted, asked, utilities = erasure(before, after, erased), protocol(prompts), utility(erased)
+    made = replace(EditMade.of(edit, preset), erased=tuple(erased))
+    others = {
+        label: runs.run(model, one, utilities, progress=progress)
+        for label, one in ((ORIGINAL, None), (made.label, edit))
     }
-    target = [result[when]["target"] for when in ("before", "after")]
-    return {
-        "protocol": protocol(prompts).short,
+    found = measurements(counted["before"], asked) + measurements(counted["after"], asked, made.label)
+    for label, run in others.items():
+        found += measurements(run.measured(), utilities, label)
+    for feature in utilities.features:
+        apart = runs.distances(*(one.features(feature) for one in others.values()))
+        distances = {name: {"value": apart[name]} for name in apart if name != "n"}
+        found += measurements(distances, utilities, made.label)
+    return Result(
+        command,
+        "run",
         **subject(model),
-        "method": edit.metadata["method"],
-        "config": edit.metadata["config"],
-        "preserve": edit.metadata["concepts"]["preserve"],
-        **result,
-        "target_intervals_separate": separated(*target),
-        "edit_bytes": edit.nbytes,
-        "steps": STEPS,
-        "guidance": GUIDANCE,
-        "machine": machine(),
-    }
+        erased=tuple(erased),
+        machine=machine(),
+        edits={made.label: made},
+        measurements=tuple(found),
+        details={"steps": STEPS, "guidance": GUIDANCE},
+    )

@@ -1,0 +1,236 @@
+"""Measurements as they are kept: one record for every number, one layout for every result file.
+
+    found = records.read("uce_church")     # data/results/uce_church.json
+    found.value("target", "uce")           # {k, n, rate, low, high}
+    found.table()                          # one row for each measurement
+
+A result file is a `Result` in JSON. Its measurements point to the edits by label; "original" is the unedited model,
+"no text" the control that knows no concept, and neither is listed among the edits. Numbers stand in `measurements`
+alone; `details` has what else an experiment tells: the course of a training, the texts that an attack found.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from erasekit.edits import Edit
+from erasekit.evaluate import metrics
+from erasekit.evaluate.protocols import Protocol
+from erasekit.paths import RESULTS, write_atomically
+
+Kind = Literal["run", "protocol", "attack", "regeneration", "ablation", "benchmark"]
+ORIGINAL, NO_TEXT = "original", "no text"
+
+
+@dataclass(frozen=True)
+class EditMade:
+    """An edit that was measured. variant: its settings that are not the preset's, "pairs=start"; preserved: None where
+    that was not written down. digest: of its file, `Edit.digest`.
+    """
+
+    method: str
+    variant: str
+    config: dict
+    erased: tuple[str, ...]
+    preserved: tuple[str, ...] | None = None
+    bytes: int | None = None
+    digest: str | None = None
+
+    @classmethod
+    def of(cls, edit: Edit, preset) -> "EditMade":
+        """preset: the method's Config that the edit's settings are compared with."""
+        made, about = edit.metadata, edit.metadata["concepts"]
+        variant = changes(made["config"], preset)
+        names = tuple(about["erase"]), tuple(about["preserve"])
+        return cls(made["method"], variant, made["config"], *names, edit.nbytes, edit.digest)
+
+    @property
+    def label(self) -> str:
+        """The method and those of the other settings that are words: "rece-start", "trce-text"."""
+        values = [part.partition("=")[2] for part in self.variant.split(", ") if part]
+        return "-".join([self.method, *(one for one in values if one.isalpha() and one not in NOT_WORDS)])
+
+
+NOT_WORDS = ("True", "False", "None")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number. value: what `metrics.rate` or `metrics.mean` give, {count, n}, {harmonic_mean}, or {value} for what
+    has no interval. attack: by which it was reached. model, seconds, machine: None where they are the file's, or not
+    taken.
+    """
+
+    measure: str
+    value: dict
+    edit: str = ORIGINAL
+    protocol: str = ""
+    hash: str = ""
+    attack: str | None = None
+    model: str | None = None
+    seconds: float | None = None
+    machine: dict | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result file. fingerprint, vae: of the model before any edit (None: a benchmark on random weights). judges:
+    {name: version}. erased: what it is about.
+    """
+
+    command: str
+    kind: Kind
+    fingerprint: str | None = None
+    vae: str | None = None
+    judges: dict[str, str] = field(default_factory=dict)
+    erased: tuple[str, ...] = ()
+    machine: dict = field(default_factory=dict)
+    edits: dict[str, EditMade] = field(default_factory=dict)
+    measurements: tuple[Measurement, ...] = ()
+    details: dict = field(default_factory=dict)
+
+    def value(self, measure: str, edit: str = ORIGINAL, protocol: str | None = None) -> dict:
+        """The value of one measurement; KeyError, naming those that there are, unless exactly one fits."""
+        fitting = [m for m in self.measurements if (m.measure, m.edit) == (measure, edit)]
+        fitting = [m for m in fitting if protocol in (None, m.protocol)]
+        if len(fitting) != 1:
+            there = ", ".join(f"{m.measure} of {m.edit}" for m in self.measurements)
+            raise KeyError(f"{len(fitting)} measurements of {measure} of {edit}; there are {there}")
+        return fitting[0].value
+
+    def values(self, edit: str = ORIGINAL, protocol: str | None = None) -> dict[str, dict]:
+        """{measure: value} of one edit."""
+        return {
+            m.measure: m.value for m in self.measurements if m.edit == edit and protocol in (None, m.protocol)
+        }
+
+    @property
+    def edit(self) -> EditMade:
+        """The only edit. ValueError where there are more or none."""
+        if len(self.edits) != 1:
+            raise ValueError(f"{len(self.edits)} edits were measured: {', '.join(self.edits)}")
+        return next(iter(self.edits.values()))
+
+    @property
+    def label(self) -> str:
+        """The label of the only edit."""
+        return next(iter(self.edits)) if self.edit else ""
+
+    def protocol(self, measure: str, edit: str = ORIGINAL) -> str:
+        """Name and short hash of the protocol of a measurement."""
+        found = next(m for m in self.measurements if (m.measure, m.edit) == (measure, edit))
+        return f"{found.protocol}-{found.hash[:8]}"
+
+    def table(self) -> pd.DataFrame:
+        """One row for each measurement: edit, method, variant, erased, kept (how many concepts, NA where that was not
+        written down), bytes, protocol, hash (eight digits), attack, measure, k, n, rate (or mean), low, high, text.
+        """
+        rows = []
+        for m in self.measurements:
+            made = self.edits.get(m.edit)
+            about = {
+                "edit": m.edit,
+                "method": made.method if made else m.edit,
+                "variant": made.variant if made else "",
+                "erased": self.erased,
+                "kept": len(made.preserved) if made and made.preserved is not None else None,
+                "bytes": made.bytes if made else None,
+                "protocol": m.protocol,
+                "hash": m.hash[:8],
+                "attack": m.attack,
+                "measure": m.measure,
+            }
+            number = {NUMBERS.get(name, name): one for name, one in m.value.items()}
+            rows.append(about | number | {"text": shown(m.value)})
+        return pd.DataFrame(rows)
+
+
+NUMBERS = {"mean": "rate", "harmonic_mean": "rate", "value": "rate"}
+
+
+def shown(value: dict) -> str:
+    """A value as text: "3/151 = 2.0 % [0.7, 5.7]"."""
+    if "harmonic_mean" in value:
+        return f"{value['harmonic_mean']:.3f}"
+    if "value" in value:
+        return f"{value['value']:.4f}"
+    return f"{value['count']} in {value['n']} pictures" if "count" in value else metrics.text(value)
+
+
+def measurements(
+    measured: dict[str, dict], protocol: Protocol, edit: str = ORIGINAL, **more
+) -> list[Measurement]:
+    """What `runs.Run.measured` gives, as records."""
+    return [
+        Measurement(name, value, edit, protocol.name, protocol.hash, **more)
+        for name, value in measured.items()
+    ]
+
+
+def changes(config: dict, preset) -> str:
+    """The settings that differ from a Config, as "pairs=start, start.lam=0.5"."""
+    return ", ".join(f"{name}={value}" for name, value in _changes(config, plain(asdict(preset))))
+
+
+def _changes(config: dict, preset: dict, place: str = ""):
+    for name, value in config.items():
+        if isinstance(value, dict) and isinstance(preset.get(name), dict):
+            yield from _changes(value, preset[name], f"{place}{name}.")
+        elif value != preset.get(name):
+            yield f"{place}{name}", value
+
+
+def plain(value):
+    """As JSON gives it back: lists for tuples."""
+    return json.loads(json.dumps(value, default=lambda one: asdict(one) if is_dataclass(one) else str(one)))
+
+
+def save(result: Result, path: Path) -> None:
+    """Write a result file."""
+    whole = plain(result)
+    for one in whole["measurements"]:
+        for name in ("attack", "model", "seconds", "machine"):
+            if one[name] is None:
+                del one[name]
+    write_atomically(path, json.dumps(whole, indent=1) + "\n")
+
+
+def read(name: str | Path, folder: Path = RESULTS) -> Result:
+    """A result file by its path, or by its name in a folder. ValueError for a file of another layout."""
+    path = name if isinstance(name, Path) else folder / f"{name}.json"
+    return parsed(json.loads(path.read_text(encoding="utf-8")), path)
+
+
+def parsed(found: dict, path: Path) -> Result:
+    """A `Result` of what its file has. path: for the message."""
+    if set(found) != {one.name for one in fields(Result)}:
+        raise ValueError(f"{path} is no result file: make it anew with the command that it names")
+    edits = {
+        label: EditMade(**one | {key: one[key] and tuple(one[key]) for key in ("erased", "preserved")})
+        for label, one in found["edits"].items()
+    }
+    rows = tuple(Measurement(**one) for one in found["measurements"])
+    return Result(**found | {"erased": tuple(found["erased"]), "edits": edits, "measurements": rows})
+
+
+def all_of(*kinds: Kind, folder: Path = RESULTS) -> dict[str, Result]:
+    """{name: result} of a folder's files of these kinds (all if none is named)."""
+    found = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    return {name: one for name, one in found.items() if not kinds or one.kind in kinds}
+
+
+def tables(results: dict[str, Result] | Sequence[Result]) -> pd.DataFrame:
+    """The tables of several results under each other, with their kind and the name of the file."""
+    named = results.items() if isinstance(results, dict) else (("", one) for one in results)
+    return pd.concat(
+        [
+            one.table().assign(kind=one.kind, file=name and f"{name}.json")
+            for name, one in named
+            if one.measurements
+        ],
+        ignore_index=True,
+    )
