@@ -13,7 +13,7 @@ figures: .venv/.ready  ## run the changed notebooks and redraw every figure
 	$(RUN) -m erasekit notebooks run --jobs $(JOBS)
 
 test: .venv/.ready  ## run the tests, then every notebook against its committed outputs
-	$(RUN) -m pytest tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS)
 	$(MAKE) notebooks
 
 notebooks: .venv/.ready  ## only run every notebook against its committed outputs

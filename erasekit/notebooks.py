@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 from erasekit.paths import BUILD, DATA, FIGURES, NOTEBOOKS, ROOT, write_atomically
 
@@ -214,8 +215,15 @@ def _start_worker(events, threads: int) -> None:
     """Runs in each worker process; its kernels inherit the thread limit. `events` is the way back."""
     global _events
     _events = events
+    Thread(target=_end_with_parent, daemon=True).start()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
+
+
+def _end_with_parent() -> None:
+    """A runner that is killed leaves nobody behind: kernels end with their worker."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(path: Path, out: Path, overrides: dict[str, object]) -> str | None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -446,7 +447,7 @@ def test_table_shows_counts_intervals_and_protocol(finished):
     for name, shown in zip(table.measure, table.value, strict=True):
         k, n = int(finished.values({"seen": SEEN, "kept": KEPT}[name]).sum()), 10
         assert shown == metrics.text(metrics.rate(k, n))
-    assert finished.result()["measured"]["seen"]["n"] == 10
+    assert finished.result().value("seen")["n"] == 10
 
 
 def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_path):
@@ -792,7 +793,9 @@ def test_an_ablation_of_an_object_asks_by_its_other_words():
 
 
 def test_an_ablation_goes_on(tmp_path, monkeypatch):
-    from erasekit.evaluate import ablation
+    from erasekit.evaluate import ablation, records
+
+    monkeypatch.setattr(ablation.runs, "run", lambda *_, **__: SimpleNamespace(measured=dict))
 
     done = []
 
@@ -800,10 +803,10 @@ def test_an_ablation_goes_on(tmp_path, monkeypatch):
         done.append(changes)
         if len(done) == 2:
             raise KeyboardInterrupt
-        config = dataclasses.asdict(dataclasses.replace(ablation.DEFAULT[method], **changes))
-        return {"changes": changes, "config": config} | dict.fromkeys(
-            ("target", "others", "attack", "drift", "seconds")
-        )
+        config = dataclasses.replace(ablation.DEFAULT[method], **changes)
+        told = records.plain(dataclasses.asdict(config))
+        made = records.EditMade(method, records.changes(told, ablation.DEFAULT[method]), told, ("dog",))
+        return made, records.measurements({"target": metrics.rate(1, 2)}, asked), {}
 
     monkeypatch.setattr(ablation, "measure", measured)
     names = ["ESD-x", "ESD-u", "eta 3"]
@@ -811,7 +814,7 @@ def test_an_ablation_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ablation", "esd", "dog", "--out", str(tmp_path / "a.json"), *only])
     with pytest.raises(KeyboardInterrupt):
         ablation.main()
-    assert list(json.loads((tmp_path / "a.json").read_text())["variants"]) == ["ESD-x"]
+    assert list(records.read(tmp_path / "a.json").edits) == ["ESD-x"]
     ablation.main()
-    assert list(json.loads((tmp_path / "a.json").read_text())["variants"]) == names
+    assert list(records.read(tmp_path / "a.json").edits) == names
     assert len(done) == 4  # the first variant was not measured again

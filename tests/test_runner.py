@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -175,6 +177,51 @@ def test_unchanged_is_skipped_and_every_kind_of_change_runs_again(folder, tmp_pa
     assert runs() == 1
     assert runs(force=True) == 1
     assert runs() == 0
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+from erasekit import notebooks
+
+if __name__ == "__main__":
+    path, place = Path(sys.argv[1]), Path(sys.argv[2])
+    notebooks.run_all([path], executed=place / "build", figures=place)
+"""
+
+
+def test_a_killed_runner_leaves_nobody_behind(folder, tmp_path):
+    """Its worker and the kernel end by themselves; the control: they were alive before."""
+    source = (
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "Path('../who').write_text(f'{os.getpid()} {os.getppid()}')\n"
+        "time.sleep(600)"
+    )
+    path = write_notebook(folder / "a.ipynb", source)
+    (tmp_path / "runner.py").write_text(RUNNER)
+    runner = subprocess.Popen([sys.executable, tmp_path / "runner.py", path, tmp_path], cwd=ROOT)
+    wait_for(lambda: (tmp_path / "who").exists() and len((tmp_path / "who").read_text().split()) == 2)
+    others = [int(one) for one in (tmp_path / "who").read_text().split()]
+    assert all(map(alive, others))
+    runner.kill()
+    runner.wait()
+    wait_for(lambda: not any(map(alive, others)))
+
+
+def alive(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.2)
 
 
 def test_fingerprint_follows_sources_and_data_but_not_checkpoints(tmp_path, monkeypatch):

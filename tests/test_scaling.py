@@ -1,11 +1,10 @@
 """The benchmark of many concepts: nested sets, one kept set for all, rates and their harmonic mean."""
 
-import json
-
 import pytest
 from conftest import benchmark_script
 
 from erasekit.evaluate.metrics import harmonic_mean, rate
+from erasekit.evaluate.records import read
 from erasekit.paths import RESULTS
 
 
@@ -36,11 +35,13 @@ def test_a_hundred_pictures_of_the_erased_and_the_same_of_the_kept_for_every_siz
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("benchmark_scaling_*.json")), ids=lambda path: path.stem)
 def test_rows_are_rates_of_nested_sets(scaling, path):
-    found = json.loads(path.read_text())
-    assert (found["erased"], found["kept"]) == (scaling.ERASED, scaling.KEPT)
-    sizes = [row["concepts"] for row in found["rows"]]
+    found = read(path)
+    assert (list(found.erased), found.details["kept"]) == (scaling.ERASED, scaling.KEPT)
+    sizes = [int(label) for label in found.edits]
     assert sizes == list(scaling.SIZES[: len(sizes)])
-    for row in found["rows"]:
+    for label, made in found.edits.items():
+        assert list(made.erased) == scaling.ERASED[: int(label)]
+        row = found.values(label)
         for name in ("Acc_e", "Acc_s"):
             assert row[name] == rate(row[name]["k"], row[name]["n"])
         expected = harmonic_mean([1 - row["Acc_e"]["rate"], row["Acc_s"]["rate"]])

@@ -1,7 +1,6 @@
 """States of a model in which an edit could change nothing: it works exactly, or one sentence says what to do."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -19,8 +18,9 @@ from torch import nn
 import erasekit as ek
 from erasekit import edits, methods
 from erasekit.concepts import subject_span
+from erasekit.evaluate import records
 from erasekit.layers import cross_attention, record_attention
-from erasekit.paths import RESULTS, ROOT
+from erasekit.paths import ROOT
 
 FUSED = "unet.unfuse_qkv_projections()"
 LOADED = "pipeline.unload_lora_weights()"
@@ -579,7 +579,7 @@ def test_two_loras_are_not_the_composed_edit_and_its_lora_is(model, edit, tmp_pa
 
 
 def test_the_readme_says_what_other_libraries_made_of_the_exports():
-    measured = json.loads((RESULTS / "benchmark_exports.json").read_text())["environments"]
+    measured = records.read("benchmark_exports").details["environments"]
     table = (ROOT / "README.md").read_text().partition("\n| export | ")[2].partition("\n\n")[0].splitlines()
     assert table[0].strip(" |").split(" | ") == list(measured)
     rows = {name: cells for name, *cells in (line.strip(" |").split(" | ") for line in table[2:])}

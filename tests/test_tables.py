@@ -113,11 +113,12 @@ def test_every_table_is_made_from_beginning_to_end(folder, files, name, tmp_path
     assert seen == list(record["rows"]) == list(TABLES[name].rows)
     for label, row in TABLES[name].rows.items():
         found = record["rows"][label]
-        assert [one["protocol"]["hash"] for one in found["results"]] == record["protocols"]
-        assert [bool(one["edit"]) for one in found["results"]] == [row is not None] * len(found["results"])
+        assert [one["measurements"][0]["hash"] for one in found["results"]] == record["protocols"]
+        assert [bool(one["edits"]) for one in found["results"]] == [row is not None] * len(found["results"])
         assert ("attack" in found) == bool(TABLES[name].attack)
         if "attack" in found:
-            assert found["attack"]["success"]["n"] == 1 and bool(found["attack"]["edit"]) == (row is not None)
+            assert found["attack"]["measurements"][0]["value"]["n"] == 1
+            assert bool(found["attack"]["edits"]) == (row is not None)
     edits = {
         file.stem: ek.Edit.load(file).metadata["method"] for file in (tmp_path / name).glob("*.safetensors")
     }
@@ -155,11 +156,11 @@ def test_an_interrupted_table_goes_on_and_another_one_is_refused(folder, files, 
     assert [label for label, _ in made(folder, files, "rece-object", out)] == list(
         TABLES["rece-object"].rows
     )[2:]
-    assert [
-        [one["measured"] for one in row["results"]] for row in json.loads(out.read_text())["rows"].values()
-    ] == [
-        [one["measured"] for one in row["results"]] for row in json.loads(whole.read_text())["rows"].values()
+    measured = lambda file: [
+        [one["measurements"] for one in row["results"]]
+        for row in json.loads(file.read_text())["rows"].values()
     ]
+    assert measured(out) == measured(whole)
     with pytest.raises(ValueError, match="other protocols or settings"):
         list(made(folder, files, "rece-object", out, count=2))
     with pytest.raises(ValueError, match="other protocols or settings"):
@@ -227,6 +228,7 @@ def test_the_notebook_makes_a_table_behind_run_gpu(folder, tmp_path):
     )  # fmt: skip
     record = json.loads((out / "mace-cifar-cat-trial.json").read_text())
     assert list(record["rows"]) == list(TABLES["mace-cifar"].rows) and record["erased"] == "cat"
-    assert all(row["results"][0]["measured"]["Acc_e"]["n"] == 1 for row in record["rows"].values())
+    first = [row["results"][0]["measurements"][0] for row in record["rows"].values()]
+    assert all((one["measure"], one["value"]["n"]) == ("Acc_e", 1) for one in first)
     cell = nbformat.read(tmp_path / "executed.ipynb", 4).cells[-2]
     assert sum("image/png" in output.get("data", {}) for output in cell.outputs) == len(record["rows"])

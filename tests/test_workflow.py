@@ -16,7 +16,7 @@ import yaml
 
 from erasekit import cli
 from erasekit.cli_methods import configured
-from erasekit.evaluate import promotion, runs
+from erasekit.evaluate import promotion, records, runs
 from erasekit.evaluate.metrics import rate
 from erasekit.methods import METHODS
 from erasekit.paths import RESULTS, ROOT
@@ -85,12 +85,17 @@ def test_ablations_have_the_variants_that_were_committed(jobs):
     for name in CONFIG["ablation"]:
         words = jobs[f"build/results/{name}.json"]
         asked = [value for option, value in zip(words, words[1:], strict=False) if option == "--only"]
-        assert asked == list(COMMITTED[name]["variants"])
+        assert asked == list(COMMITTED[name]["edits"])
 
 
-@pytest.mark.parametrize("name", [name for name in COMMITTED if COMMITTED[name].get("edit_made")])
-def test_the_grid_makes_the_edits_that_were_attacked(jobs, name):
-    words, made = jobs[f"build/results/{name}.json"], COMMITTED[name]["edit_made"]
+BEHIND_AN_EDIT = [
+    name for name, one in COMMITTED.items() if one["kind"] in ("attack", "protocol") and one["edits"]
+]
+
+
+@pytest.mark.parametrize("name", BEHIND_AN_EDIT)
+def test_the_grid_makes_the_edits_that_were_measured(jobs, name):
+    words, (made,) = jobs[f"build/results/{name}.json"], COMMITTED[name]["edits"].values()
     edit = jobs[words[words.index("--edit") + 1]]
     method, concept = edit[5:7]
     asked = {}
@@ -100,8 +105,8 @@ def test_the_grid_makes_the_edits_that_were_attacked(jobs, name):
     given = {option: one for option, (one,) in asked.items() if option not in ("out", "edit")}
     config = json.loads(json.dumps(asdict(configured(METHODS[method].PRESETS["emoji"], given))))
     assert (method, config) == (made["method"], made["config"])
-    assert concept == COMMITTED[name]["erased"]
-    assert kept is None or kept == made["concepts"]["preserve"]
+    assert concept in (*made["erased"], "weapon")
+    assert kept is None or kept == made["preserved"]
 
 
 CELLS = {
@@ -120,12 +125,15 @@ def test_two_cells_run_and_are_not_run_again(tmp_path):
     printed = snakemake(tmp_path, "--configfile", str(small), "--", *CELLS)
     assert "3 of 3 steps (100%) done" in printed
     drawn, attacked = (promotion.read(tmp_path / file) for file in CELLS)
-    assert "--pictures 1 --out data/results/" in drawn["command"] and drawn["measured"]
-    assert len(attacked["attempts"]) == attacked["success"]["n"] == 3
-    reference = COMMITTED["attack_concept-vector_uce_dog"]
-    assert attacked["edit_made"] == reference["edit_made"] and attacked["config"] == reference["config"]
-    first = [one["prompt"] for one in reference["attempts"][:3]]
-    assert [one["prompt"] for one in attacked["attempts"]] == first
+    assert "--pictures 1 --out data/results/" in drawn["command"] and drawn["measurements"]
+    counted = {m["measure"]: m["value"]["n"] for m in attacked["measurements"]}
+    reference, found = COMMITTED["attack_concept-vector_uce_dog"], attacked["details"]
+    assert len(found["attempts"]) == counted["attack"] == 3
+    same = ("method", "config", "erased", "preserved")
+    made = [{key: one["edits"]["uce"][key] for key in same} for one in (attacked, reference)]
+    assert made[0] == made[1] and found["config"] == reference["details"]["config"]
+    first = [one["prompt"] for one in reference["details"]["attempts"][:3]]
+    assert [one["prompt"] for one in found["attempts"]] == first
     assert "Nothing to be done" in snakemake(tmp_path, "--configfile", str(small), "--", *CELLS)
     small.write_text(small.read_text().replace('"attempts": 3', '"attempts": 4'))
     again = snakemake(tmp_path, "--configfile", str(small), "--dry-run", "--", *CELLS)
@@ -161,14 +169,24 @@ def test_profiles_name_rules_and_options_that_there_are(name, jobs):
 
 # Promotion
 
-SUBJECT = {"fingerprint": "f", "vae": "v", "judge": "j"}
-GOOD = {
-    "command": 'python -m erasekit run uce "dog" --out build/results/uce_dog.json',
-    **SUBJECT,
-    "after": {"target": rate(3, 50), "others": rate(500, 515)},
-    "variants": {"a": {"seconds": 3.0, "machine": {"cores": 2}, "course": [1.0, 0.5]}},
-    "machine": {"accelerator": "none"},
-}
+SUBJECT = {"fingerprint": "f", "vae": "v", "judges": {"emoji-object": "j"}}
+
+
+def good(target=None, **changes) -> dict:
+    """A whole result file."""
+    counted = {"target": target or rate(3, 50), "others": rate(500, 515)}
+    rows = tuple(
+        records.Measurement(name, one, seconds=3.0, machine={"cores": 2}) for name, one in counted.items()
+    )
+    command = 'python -m erasekit run uce "dog" --out build/results/uce_dog.json'
+    details = {"course": [1.0, 0.5]}
+    whole = records.Result(
+        command, "run", **SUBJECT, machine={"accelerator": "none"}, measurements=rows, details=details
+    )
+    return records.plain(whole) | changes
+
+
+GOOD = good()
 
 
 @pytest.fixture
@@ -193,14 +211,13 @@ def test_promotion_tells_new_same_and_different(judged):
     assert judged(GOOD).state == "new"
     there = f"{judged.committed.resolve()}/build/"  # a pod's volume, say
     assert judged(GOOD | {"command": GOOD["command"].replace("build/", there)}, moved).state == "same"
-    elsewhere = {"seconds": 9.0, "machine": {"cores": 16}, "course": [1.0, 0.5]}
-    assert judged(GOOD | {"machine": {}, "variants": {"a": elsewhere}}, moved).state == "same"
-    changed = GOOD | {"after": {"target": rate(4, 50), "others": rate(500, 515)}, "steps": 25}
-    del changed["variants"]
+    elsewhere = [one | {"seconds": 9.0, "machine": {"cores": 16}} for one in GOOD["measurements"]]
+    assert judged(GOOD | {"machine": {}, "measurements": elsewhere}, moved).state == "same"
+    changed = good(rate(4, 50), details={"steps": 25})
     found = judged(changed)
     assert found.state == "differs"
-    assert "after.target.k: 3 -> 4" in found.details and "steps: added" in found.details
-    assert "variants: gone" in found.details and not any("others" in line for line in found.details)
+    assert "measurements[0].value.k: 3 -> 4" in found.details and "details.steps: added" in found.details
+    assert "details.course: gone" in found.details and not any("[1]" in line for line in found.details)
     assert promotion.write([found], judged.committed) == [judged.committed / "uce_dog.json"]
     assert judged(changed).state == "same"  # and the command names the committed file
     assert json.loads((judged.committed / "uce_dog.json").read_text())["command"] == moved["command"]
@@ -219,12 +236,10 @@ def test_promotion_tells_new_same_and_different(judged):
             "made as something else",
         ),
         (lambda d: d | {"fingerprint": "other"}, "fingerprint"),
-        (
-            lambda d: {k: v for k, v in d.items() if k != "judge"} | {"judges": {"emoji-object": "other"}},
-            "judge",
-        ),
-        (lambda d: d | {"after": {"target": rate(3, 50) | {"k": 4}}}, "after.target does not follow"),
-        (lambda d: d | {"after": {"target": rate(3, 50) | {"n": 0}}}, "after.target does not follow"),
+        (lambda d: d | {"judges": {"emoji-object": "other"}}, "judge emoji-object"),
+        (lambda d: {k: v for k, v in d.items() if k != "edits"}, "no result file"),
+        (lambda d: good(rate(3, 50) | {"k": 4}), "measurements[0].value does not follow"),
+        (lambda d: good(rate(3, 50) | {"n": 0}), "measurements[0].value does not follow"),
     ],
 )
 def test_promotion_refuses_what_is_damaged_or_of_other_weights(judged, damage, complaint):

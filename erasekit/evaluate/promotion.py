@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from erasekit.evaluate import records
 from erasekit.evaluate.metrics import rate
 from erasekit.paths import BUILD, RESULTS, write_atomically
 
@@ -108,6 +109,10 @@ def candidate(path: Path, subject: dict[str, str], committed: Path = RESULTS) ->
     try:
         result = read(path)
     except ValueError as error:
+        return Candidate(path, "refused", (str(error),))
+    try:
+        records.parsed(result, path)
+    except (ValueError, TypeError, KeyError) as error:
         return Candidate(path, "refused", (str(error),))
     if wrong := tuple(problems(result, subject)):
         return Candidate(path, "refused", wrong)

@@ -117,8 +117,8 @@ class Result:
 
     @property
     def label(self) -> str:
-        """The label of the only edit."""
-        return next(iter(self.edits)) if self.edit else ""
+        """The label of the only edit; of a file without one what was measured, "original" or "no text"."""
+        return next(iter(self.edits)) if self.edits and self.edit else self.measurements[0].edit
 
     def protocol(self, measure: str, edit: str = ORIGINAL) -> str:
         """Name and short hash of the protocol of a measurement."""
