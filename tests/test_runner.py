@@ -190,6 +190,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc who is alive")
 def test_a_killed_runner_leaves_nobody_behind(folder, tmp_path):
     """Its worker and the kernel end by themselves; the control: they were alive before."""
     source = (
