@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 import erasekit as ek
-from erasekit.attacks import emoji, sees, unlearndiff
+from erasekit.attacks import sees, unlearndiff
 from erasekit.attacks.common import Measure
 from erasekit.evaluate.runs import machine
+from erasekit.experiments import stages
 from erasekit.paths import write_atomically
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     given = parser.parse_args()
     model = ek.load("emoji")
     victim = ek.uce.fit(model, "dog", ["cat", "horse", "fox"]).merged(model)
-    staged = emoji.stage("dog", given.attempts)
+    staged = stages.stage("dog", given.attempts)
     targets = model.generate(list(staged.prompts), seeds=list(staged.seeds))
     never = replace(sees("dog"), rule="any", threshold=2.0)
     config = replace(unlearndiff.PRESETS["emoji"], timesteps=(300, 700), updates=10, batch=given.attempts)

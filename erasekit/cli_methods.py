@@ -14,9 +14,9 @@ from cyclopts import App, Parameter
 
 import erasekit as ek
 from erasekit.attacks import ATTACKS
-from erasekit.attacks import emoji as stages
 from erasekit.attacks.common import save, unknowing
 from erasekit.evaluate import world
+from erasekit.experiments import stages
 from erasekit.methods import METHODS
 from erasekit.paths import write_atomically
 from erasekit.settings import chosen

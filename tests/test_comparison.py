@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from erasekit import exercises
-from erasekit.evaluate import comparison
 from erasekit.evaluate.metrics import rate
 from erasekit.evaluate.protocols import CIFAR
+from erasekit.experiments import comparison
 from erasekit.methods import METHODS
 from erasekit.paths import RESULTS, ROOT
 

@@ -16,10 +16,11 @@ import erasekit as ek
 from erasekit import training
 from erasekit.emoji import captions, clip, data, judge
 from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
-from erasekit.emoji.report import phrase_prompts, protocols, real_pictures
 from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
-from erasekit.evaluate import metrics, regeneration, world
-from erasekit.evaluate.regeneration import prompts_about, spread
+from erasekit.evaluate import metrics, world
+from erasekit.experiments import regeneration
+from erasekit.experiments.regeneration import prompts_about, spread
+from erasekit.experiments.report import phrase_prompts, protocols, real_pictures
 from erasekit.paths import EMOJI, EMOJI_MODEL, RESULTS, ROOT
 
 

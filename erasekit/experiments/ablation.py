@@ -1,6 +1,6 @@
 """One setting at a time: variants of a method on the emoji world, each measured alike.
 
-    python -m erasekit.evaluate.ablation advunlearn dog --out data/results/ablation_advunlearn_dog.json
+    python -m erasekit.experiments.ablation advunlearn dog --out data/results/ablation_advunlearn_dog.json
 
 Each variant changes the method's preset "emoji" in what `VARIANTS` says of it. Measured, on the same prompts and seeds:
 
@@ -27,11 +27,11 @@ from dataclasses import asdict, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from erasekit.attacks import emoji as stages
 from erasekit.attacks import unlearndiff
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol, associations, synonyms, weapons
+from erasekit.experiments import stages
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
 from erasekit.paths import write_atomically
@@ -299,7 +299,7 @@ def main() -> None:
     kept = "".join(f" --preserve {json.dumps(name)}" for name in given.preserve)
     words = f"{given.method} {json.dumps(given.concept)}{kept} --attempts {given.attempts}"
     head = {
-        "command": f"python -m erasekit.evaluate.ablation {words} --out {given.out.as_posix()}",
+        "command": f"python -m erasekit.experiments.ablation {words} --out {given.out.as_posix()}",
         "method": given.method,
         "attempts": given.attempts,
         "erased": given.concept,
