@@ -4,7 +4,7 @@
 
 The other UNet is that of the emoji model, tuned further on real pictures of one style under captions that name no
 style, with the text encoder as it was: what makers of Stable Diffusion variants do. Each UNet draws the prompts of
-`evaluate.ablation` behind the original text encoder and behind the erased one.
+`experiments.ablation` behind the original text encoder and behind the erased one.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 import erasekit as ek
-from erasekit.attacks import emoji as stages
 from erasekit.attacks import fine_tuning
 from erasekit.emoji import data
-from erasekit.evaluate import ablation, runs, world
+from erasekit.evaluate import runs, world
 from erasekit.evaluate.records import ORIGINAL, EditMade, Measurement, Result, measurements, save
+from erasekit.experiments import ablation, stages
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 import erasekit as ek
-from erasekit.attacks import emoji, sees, unlearndiff
+from erasekit.attacks import sees, unlearndiff
 from erasekit.attacks.common import Measure
 from erasekit.evaluate.records import Result, save
 from erasekit.evaluate.runs import machine
+from erasekit.experiments import stages
 
 
 def timed(victim, staged, goal: Measure, targets, config, which: list[list[int]]) -> tuple[float, list]:
@@ -49,7 +50,7 @@ def main() -> None:
     given = parser.parse_args()
     model = ek.load("emoji")
     victim = ek.uce.fit(model, "dog", ["cat", "horse", "fox"]).merged(model)
-    staged = emoji.stage("dog", given.attempts)
+    staged = stages.stage("dog", given.attempts)
     targets = model.generate(list(staged.prompts), seeds=list(staged.seeds))
     never = replace(sees("dog"), rule="any", threshold=2.0)
     config = replace(unlearndiff.PRESETS["emoji"], timesteps=(300, 700), updates=10, batch=given.attempts)

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from erasekit import attacks, closed_form, evaluate
+    from erasekit import attacks, closed_form, evaluate, experiments
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
     from erasekit.methods import advunlearn, esd, mace, realera, rece, trce, uce
@@ -34,6 +34,7 @@ __all__ = [
     "attacks",
     "closed_form",
     "evaluate",
+    "experiments",
     "uce",
     "esd",
     "mace",
@@ -60,7 +61,7 @@ _HOME = {
 
 
 def __getattr__(name: str):
-    if name in ("attacks", "closed_form", "evaluate"):
+    if name in ("attacks", "closed_form", "evaluate", "experiments"):
         return import_module(f"erasekit.{name}")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)

@@ -177,7 +177,8 @@ def promote(
     Machine, versions and seconds aside. Damaged files and those of other weights are refused.
     """
     import erasekit as ek
-    from erasekit.evaluate import promotion, world
+    from erasekit.evaluate import world
+    from erasekit.experiments import promotion
 
     paths = list(results) or sorted(promotion.FOLDER.glob("*.json"))
     if not paths:

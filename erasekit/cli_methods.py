@@ -14,9 +14,9 @@ from cyclopts import App, Parameter
 
 import erasekit as ek
 from erasekit.attacks import ATTACKS
-from erasekit.attacks import emoji as stages
 from erasekit.attacks.common import unknowing
 from erasekit.evaluate import metrics, records, world
+from erasekit.experiments import stages
 from erasekit.methods import METHODS
 from erasekit.settings import chosen
 

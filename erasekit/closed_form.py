@@ -195,13 +195,15 @@ def weight_gram(weights: Iterable[Tensor]) -> Tensor:
 class Rows:
     """The embeddings of one erasure, float64: sources and their targets (n, d), preserved (m, d) or None.
 
-    concepts: the names erased, their anchors, and the names preserved.
+    concepts: the names erased, their anchors, and the names preserved. prompts: each erased phrase by itself, or in its
+    concept's templates, beside the same with the anchor.
     """
 
     sources: Tensor
     targets: Tensor
     preserved: Tensor | None
     concepts: dict[str, list[str]]
+    prompts: tuple[tuple[str, str], ...] = ()
 
 
 def residuals(context_map: ContextMap, given: Rows) -> dict[str, float]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,13 +24,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from erasekit import worlds
 from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.layers import check_editable, text_projected_once, uncompiled
-from erasekit.paths import EMOJI_MODEL, replacing, write_atomically
+from erasekit.paths import replacing, write_atomically
 from erasekit.sampling import denoise
 
-# How a style of the emoji world stands in a prompt
-STYLE_TEMPLATES = ("in {} style", "an image in {} style.")
 FIXED_BATCH = 4  # see DiffusionModel.fixed_batch
 PARTS = ("text_encoder", "text_encoder_2", "unet")  # what edits may change, and `fingerprint` is of
 NOTE = "erasekit.json"  # beside model_index.json: which world a saved model belongs to
@@ -44,8 +42,8 @@ _live: "weakref.WeakValueDictionary[str, DiffusionModel]" = weakref.WeakValueDic
 class DiffusionModel:
     """A text-to-image model. Make one with `load`.
 
-    preset: "emoji" or "sd", which tells a method what its default settings are. source: what it was loaded
-    from.
+    preset: "sd", or the closed world it belongs to ("emoji"), which tells a method what its default settings are and
+    which words there are. source: what it was loaded from.
     """
 
     pipeline: DiffusionPipeline = field(repr=False)
@@ -138,16 +136,16 @@ class DiffusionModel:
 
     @property
     def vocabulary(self) -> Mapping[str, tuple[Concept, ...]] | None:
-        """{phrase: the concepts it stands for} in the closed emoji world, None where any phrase may do."""
-        return _emoji_vocabulary() if self.preset == "emoji" else None
+        """{phrase: the concepts it stands for} in a closed world, None where any phrase may do."""
+        return worlds.vocabulary(self.preset)
 
     @property
     def everything(self) -> tuple[Concept, ...]:
-        """All concepts of the closed emoji world, none where any phrase may do."""
-        return _emoji_concepts() if self.preset == "emoji" else ()
+        """All concepts of a closed world, none where any phrase may do."""
+        return worlds.concepts(self.preset)
 
     def concepts(self, given: str | Concept | Sequence[str | Concept]) -> tuple[Concept, ...]:
-        """`given` as Concepts; in the emoji world text is a known name, synonym, style or "weapon"."""
+        """`given` as Concepts; in a closed world text is a known name, synonym, style or set, such as "weapon"."""
         return as_concepts(given, self.vocabulary)
 
     @torch.no_grad()
@@ -467,32 +465,13 @@ def _padded(rows: Tensor, size: int | None) -> Tensor:
     return rows if size is None else torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
 
 
-@cache
-def _emoji_concepts() -> tuple[Concept, ...]:
-    from erasekit.emoji import data
-
-    return tuple(Concept(one.name, synonyms=one.synonyms) for one in data.concepts())
-
-
-@cache
-def _emoji_vocabulary() -> dict[str, tuple[Concept, ...]]:
-    from erasekit.emoji import data
-
-    known = {one.name: (one,) for one in _emoji_concepts()}
-    synonyms = {word: (Concept(word),) for one in data.concepts() for word in one.synonyms}
-    styles = {style: (Concept(style, STYLE_TEMPLATES),) for style in data.STYLES}
-    weapons = tuple(known[one.name][0] for one in data.concepts() if one.weapon)
-    phrases = {**synonyms, "weapon": weapons, **styles, **known}
-    return {" ".join(phrase.lower().split()): value for phrase, value in phrases.items()}
-
-
 def load(
     source: str | Path | DiffusionPipeline = "emoji",
     *,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> DiffusionModel:
-    """A DiffusionModel from "emoji", a diffusers folder, a hub id, or a pipeline object (not copied).
+    """A DiffusionModel from a world's name ("emoji"), a diffusers folder, a hub id, or a pipeline object (not copied).
 
     device "auto": the GPU where there is one (under `accelerate launch` or torchrun this process's own), else the
     CPU; a pipeline object stays where it is. dtype "auto": float16 on a GPU, float32 on the CPU and for the emoji
@@ -514,7 +493,7 @@ def load(
         if device == "auto":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
-            half = torch.device(device).type == "cuda" and source != "emoji"
+            half = torch.device(device).type == "cuda" and source not in worlds.WORLDS
             dtype = torch.float16 if half else torch.float32
         name = str(source)
         # bfloat16 keeps fewer digits than the fingerprint is of, which is taken before they are lost
@@ -535,16 +514,17 @@ def load(
 
 
 def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
-    folder = EMOJI_MODEL if source == "emoji" else Path(source)
+    closed = source in worlds.WORLDS
+    folder = worlds.WORLDS[source] / "model" if closed else Path(source)
     if folder.is_file():
         raise ValueError(
             f"{folder} is a single file: load it with StableDiffusionPipeline.from_single_file, then ek.load(pipeline)"
         )
-    local = source == "emoji" or folder.exists()
+    local = closed or folder.exists()
     if local and not (folder / "model_index.json").is_file():
-        if source == "emoji":
+        if closed:
             raise FileNotFoundError(
-                f"the emoji model is not in {folder}: restore it with `git checkout -- data/emoji/model`; an "
+                f"the {source} model is not in {folder}: restore it with `git checkout -- data/emoji/model`; an "
                 "installed erasekit finds it where ERASEKIT_WORLD names the folder data/emoji of a checkout"
             )
         raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
@@ -552,12 +532,10 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
         try:
             safe_open(file, "pt")
         except SafetensorError as error:
-            advice = "restore it with git" if source == "emoji" else "download or save the model again"
+            advice = "restore it with git" if closed else "download or save the model again"
             raise ValueError(f"{file} is truncated or damaged ({error}): {advice}") from error
-        if source == "emoji":
-            from erasekit.emoji import data
-
-            data.verified(file.relative_to(folder.parent).as_posix(), folder.parent)
+        if closed:
+            worlds.verified(file.relative_to(folder.parent).as_posix(), folder.parent)
     try:
         with quietly(bars=not local):
             pipeline = DiffusionPipeline.from_pretrained(
@@ -588,7 +566,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
             )
     note = folder / NOTE
     preset = json.loads(note.read_text())["preset"] if local and note.is_file() else "sd"
-    return pipeline, "emoji" if local and folder.resolve() == EMOJI_MODEL.resolve() else preset
+    return pipeline, source if closed else preset
 
 
 def _half_alone(folder: Path) -> bool:

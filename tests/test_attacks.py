@@ -24,9 +24,9 @@ from erasekit.attacks import (
     textual_inversion,
     unlearndiff,
 )
-from erasekit.attacks import emoji as stages
 from erasekit.concepts import content_ids, token_ids
 from erasekit.evaluate import judges
+from erasekit.experiments import stages
 from erasekit.layers import encode_rows, text_backbone
 
 

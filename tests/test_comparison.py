@@ -7,9 +7,10 @@ import pandas.testing
 import pytest
 
 from erasekit import exercises
-from erasekit.evaluate import comparison, records
+from erasekit.evaluate import records
 from erasekit.evaluate.metrics import rate
 from erasekit.evaluate.protocols import CIFAR
+from erasekit.experiments import comparison
 from erasekit.methods import METHODS
 from erasekit.paths import RESULTS, ROOT
 

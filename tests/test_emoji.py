@@ -13,13 +13,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import erasekit as ek
-from erasekit import training
+from erasekit import training, worlds
 from erasekit.emoji import captions, clip, data, judge
 from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
-from erasekit.emoji.report import phrase_prompts, protocols, real_pictures
 from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
-from erasekit.evaluate import metrics, regeneration, world
-from erasekit.evaluate.regeneration import prompts_about, spread
+from erasekit.evaluate import metrics, world
+from erasekit.experiments import regeneration
+from erasekit.experiments.regeneration import prompts_about, spread
+from erasekit.experiments.report import phrase_prompts, protocols, real_pictures
 from erasekit.paths import EMOJI, EMOJI_MODEL, RESULTS, ROOT
 
 
@@ -42,6 +43,15 @@ def test_every_concept_in_every_style():
     assert len(data.heldout()) == 269
 
 
+def test_the_words_of_the_world_are_those_of_its_concepts():
+    rows = list(csv.DictReader((EMOJI / "concepts.csv").open()))
+    assert worlds.verified(worlds.WORDS) == data.words(rows)
+    assert [one.name for one in worlds.concepts("emoji")] == [one.name for one in data.concepts()]
+    rows[0]["synonyms"] = "zeppelin"  # the control
+    assert worlds.verified(worlds.WORDS) != data.words(rows)
+    assert worlds.vocabulary("sd") is None and worlds.concepts("sd") == ()
+
+
 UNET = "model/unet/diffusion_pytorch_model.safetensors"
 
 
@@ -55,7 +65,7 @@ def world_copy(tmp_path):
 
 def test_a_flipped_byte_in_the_weights_is_named(world_copy, monkeypatch):
     shutil.copytree(EMOJI_MODEL, world_copy / "model", dirs_exist_ok=True)
-    monkeypatch.setattr(ek.models, "EMOJI_MODEL", world_copy / "model")
+    monkeypatch.setitem(worlds.WORLDS, "emoji", world_copy)
     assert ek.load("emoji", device="cpu").fingerprint()  # control
     content = bytearray((world_copy / UNET).read_bytes())
     content[len(content) // 2] ^= 1

@@ -749,7 +749,7 @@ def test_an_edit_at_half_strength_is_another_run(model, tmp_path):
 
 
 def test_variants_are_settings_of_their_method():
-    from erasekit.evaluate import ablation
+    from erasekit.experiments import ablation
 
     for method, variants in ablation.VARIANTS.items():
         changed = [dataclasses.replace(ablation.DEFAULT[method], **changes) for changes in variants.values()]
@@ -758,7 +758,7 @@ def test_variants_are_settings_of_their_method():
 
 @pytest.mark.parametrize("concept, target, others", [("dog", 50, 103), ("ink", None, 104)])
 def test_prompts_of_an_ablation(concept, target, others):
-    from erasekit.evaluate import ablation
+    from erasekit.experiments import ablation
 
     asked = ablation.protocol(concept, seeds=10)
     about = [p for p in asked.prompts if p.role == "target"]
@@ -771,7 +771,7 @@ def test_prompts_of_an_ablation(concept, target, others):
 
 def test_an_ablation_of_weapons_asks_by_name_and_without_one():
     from erasekit.emoji import data
-    from erasekit.evaluate import ablation
+    from erasekit.experiments import ablation
 
     asked = ablation.protocol("weapon")
     armed = {c.name for c in data.concepts() if c.weapon}
@@ -784,7 +784,7 @@ def test_an_ablation_of_weapons_asks_by_name_and_without_one():
 
 
 def test_an_ablation_of_an_object_asks_by_its_other_words():
-    from erasekit.evaluate import ablation
+    from erasekit.experiments import ablation
 
     synonyms = [p for p in ablation.protocol("dog").prompts if p.role == "synonyms"]
     assert len(synonyms) >= 50 and all(p.concept == "dog" and " dog " not in p.text for p in synonyms)
@@ -793,7 +793,8 @@ def test_an_ablation_of_an_object_asks_by_its_other_words():
 
 
 def test_an_ablation_goes_on(tmp_path, monkeypatch):
-    from erasekit.evaluate import ablation, records
+    from erasekit.evaluate import records
+    from erasekit.experiments import ablation
 
     monkeypatch.setattr(ablation.runs, "run", lambda *_, **__: SimpleNamespace(measured=dict))
 

@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 import erasekit as ek
-from erasekit import concepts, models
+from erasekit import concepts, models, worlds
 from erasekit.concepts import Concept, as_concepts
 
 PROMPTS = ["a church in flat style", "a dog", "garbage in ink style", "a castle", "a house"]
@@ -361,7 +361,7 @@ def test_truncated_weights_are_named(shared_model, tmp_path, part):
 
 
 def test_missing_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "EMOJI_MODEL", tmp_path / "none")
+    monkeypatch.setitem(worlds.WORLDS, "emoji", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="emoji model is not in .*git checkout"):
         ek.load("emoji")
     with pytest.raises(FileNotFoundError, match="no model_index.json"):

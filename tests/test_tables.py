@@ -23,9 +23,10 @@ from transformers import (
 
 import erasekit as ek
 from erasekit import models, notebooks
-from erasekit.evaluate import protocols, runs, tables
+from erasekit.evaluate import protocols, runs
 from erasekit.evaluate.protocols import IMAGENETTE
-from erasekit.evaluate.tables import TABLES
+from erasekit.experiments import tables
+from erasekit.experiments.tables import TABLES
 from erasekit.methods import METHODS
 from erasekit.paths import NOTEBOOKS
 

@@ -16,8 +16,9 @@ import yaml
 
 from erasekit import cli
 from erasekit.cli_methods import configured
-from erasekit.evaluate import promotion, records, runs
+from erasekit.evaluate import records, runs
 from erasekit.evaluate.metrics import rate
+from erasekit.experiments import promotion
 from erasekit.methods import METHODS
 from erasekit.paths import RESULTS, ROOT
 
@@ -72,7 +73,7 @@ def test_the_grid_gives_the_command_that_the_committed_file_names(jobs, name):
     words = [re.sub(r"^build/(results|ablations)/", "data/results/", word) for word in words]
     words = [word.replace(f"{ROOT}/benchmarks", "benchmarks") for word in words]
     expected = shlex.split(COMMITTED[name]["command"])
-    for option, command in (("--edit", "run"), ("--only", "erasekit.evaluate.ablation")):
+    for option, command in (("--edit", "run"), ("--only", "erasekit.experiments.ablation")):
         while command in words and option in words:
             at = words.index(option)
             del words[at : at + 2]

@@ -22,11 +22,12 @@ import numpy as np
 from PIL import Image
 
 from erasekit.paths import EMOJI, replacing, write_atomically
+from erasekit.worlds import CHECKSUMS, WORDS, verified
 
 STYLES = ("noto", "twemoji", "flat", "ink", "glossy")
+STYLE_TEMPLATES = ("in {} style", "an image in {} style.")  # how a style stands in a prompt
 SPRITE = 96  # pixels; larger than the 64 the model draws, so that a shrunk or shifted copy stays sharp
 COLUMNS = 13
-CHECKSUMS = "SHA256SUMS.json"
 
 PACKAGES = {  # style -> npm package, licence, attribution
     "noto": ("@iconify-json/noto", "Apache-2.0", "Noto Emoji by Google"),
@@ -64,18 +65,6 @@ class HeldOut:
     concept: str
     kind: str
     text: str
-
-
-def verified(name: str, folder: Path = EMOJI) -> bytes:
-    """Contents of a shipped data file; ValueError when its SHA-256 is not the recorded one."""
-    content = (folder / name).read_bytes()
-    expected = json.loads((folder / CHECKSUMS).read_text())[name]
-    if (found := hashlib.sha256(content).hexdigest()) != expected:
-        raise ValueError(
-            f"{folder / name} is damaged (SHA-256 {found[:12]}, expected {expected[:12]}): "
-            f"restore it with `git checkout -- data/emoji/{name}`"
-        )
-    return content
 
 
 def record_weights(folder: Path = EMOJI) -> None:
@@ -165,7 +154,7 @@ def _iconify(folder: Path) -> tuple[dict, dict]:
 
 
 def build(packages: Path, folder: Path = EMOJI) -> None:
-    """Write sheets, concepts.csv, heldout.csv, LICENSES.md and checksums from unpacked npm packages."""
+    """Write sheets, concepts.csv, heldout.csv, words.json, LICENSES.md and checksums from unpacked npm packages."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(Path(__file__).with_name("curation.psv")) as file:
         curated = list(csv.DictReader(file, delimiter="|"))
@@ -201,6 +190,7 @@ def build(packages: Path, folder: Path = EMOJI) -> None:
         if text
     ]
     written["concepts.csv"], written["heldout.csv"] = _csv(known), _csv(kept_out)
+    written[WORDS] = words(known)
     written["LICENSES.md"] = _licences(packages).encode()
     written[CHECKSUMS] = json.dumps(
         {name: hashlib.sha256(content).hexdigest() for name, content in sorted(written.items())}, indent=1
@@ -209,6 +199,16 @@ def build(packages: Path, folder: Path = EMOJI) -> None:
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
     record_weights(folder)
+
+
+def words(rows: list[dict]) -> bytes:
+    """The file words.json of the rows of concepts.csv: what a model of this world may be asked for."""
+    found = {
+        "concepts": {row["concept"]: [word for word in row["synonyms"].split(";") if word] for row in rows},
+        "styles": dict.fromkeys(STYLES, STYLE_TEMPLATES),
+        "sets": {"weapon": [row["concept"] for row in rows if int(row["weapon"])]},
+    }
+    return (json.dumps(found, indent=1) + "\n").encode()
 
 
 def _csv(rows: list[dict]) -> bytes:
@@ -230,7 +230,7 @@ def _licences(packages: Path) -> str:
             f"| `sheet_{style}.png` | npm `{package}` {version(package)} | {licence} | {author} |"
             for style, (package, licence, author) in PACKAGES.items()
         ),
-        "| `concepts.csv`, `heldout.csv` | this project | Apache-2.0 | erasekit contributors |",
+        "| `concepts.csv`, `heldout.csv`, `words.json` | this project | Apache-2.0 | erasekit contributors |",
         "| `model/`, `clip/`, `judge.safetensors` | trained by this project on the sheets above | Apache-2.0, with the "
         "attributions above (CC-BY-4.0 for Twemoji) | erasekit contributors |",
         "| `*_log.csv`, `report.json` | this project | Apache-2.0 | erasekit contributors |",

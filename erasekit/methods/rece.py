@@ -138,6 +138,13 @@ def attack_residual(context_map: ContextMap, gram: Tensor, derived: Tensor, sour
     return float((squared(difference) / squared(sources).clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
 
 
+def positions(model: DiffusionModel, given: closed_form.Rows) -> closed_form.Rows:
+    """Every row of a concept's prompt beside the row of the anchor's prompt at its position [code]."""
+    sides = zip(*given.prompts, strict=True)
+    sources, targets = (model.encode(side).double().flatten(0, 1) for side in sides)
+    return replace(given, sources=sources, targets=targets)
+
+
 def rounds(
     t: ContextMap, gram: Tensor, paired: closed_form.Rows, preserved: Tensor | None, config: Config
 ) -> Iterator[tuple[Tensor, ContextMap]]:
@@ -177,13 +184,12 @@ def fit(
     it and after.
     """
     config = for_fit(PRESETS, model, config)
-    given = uce.rows(model, erase, preserve, anchor, config.start)
-    paired = given
-    if config.pairs == "positions":
-        whole = replace(config.start, tokens="all", templates=("{}",))
-        paired = uce.rows(model, erase, preserve, anchor, whole)
+    start = config.start
+    given = uce.rows(model, erase, preserve, anchor, start)
+    paired = positions(model, given) if config.pairs == "positions" else given
     kept = None if given.preserved is None else closed_form.condensed(given.preserved)
-    t = uce.solve(replace(given, preserved=kept), config.start)
+    scales = dict(erase_scale=start.erase_scale, preserve_scale=start.preserve_scale, lam=start.lam)
+    t = closed_form.solve(given.sources, given.targets, kept, **scales)
     if callback is not None:
         callback({"step": 0, "context_map": t, **closed_form.residuals(t, given)})
     gram = closed_form.weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())

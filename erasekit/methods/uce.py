@@ -104,12 +104,13 @@ def rows(
         )
     anchors = [anchored(model, concept, anchor, config.anchor) for concept in erased]
 
-    pairs = [
+    slots = lambda templates: [
         (template, phrase, instead)
         for concept, instead in zip(erased, anchors, strict=True)
-        for template in concept.templates or config.templates
+        for template in concept.templates or templates
         for phrase in (concept.name, *(concept.synonyms if config.synonyms else ()))
     ]
+    pairs = slots(config.templates)
     keep = [(t, concept.name) for concept in kept for t in concept.templates or config.preserve_templates]
     embed = _embedder(model, [(t, p) for t, *both in pairs for p in both] + keep)
 
@@ -123,7 +124,8 @@ def rows(
         "anchor": anchors,
         "preserve": [concept.name for concept in kept],
     }
-    return closed_form.Rows(sources, targets, torch.cat(preserved) if preserved else None, concepts)
+    prompts = tuple((fill(t, phrase)[0], fill(t, instead)[0]) for t, phrase, instead in slots(("{}",)))
+    return closed_form.Rows(sources, targets, torch.cat(preserved) if preserved else None, concepts, prompts)
 
 
 def fit(

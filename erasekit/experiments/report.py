@@ -1,7 +1,7 @@
 """How good the emoji world is: measure it and write data/emoji/report.json.
 
-    python -m erasekit.emoji.report              # everything, about 15 minutes on two cores
-    python -m erasekit.emoji.report --seeds 1    # a quick look; does not replace the report
+    python -m erasekit.experiments.report              # everything, about 15 minutes on two cores
+    python -m erasekit.experiments.report --seeds 1    # a quick look; does not replace the report
 
 An interrupted run goes on where it stopped. Every rate is {k, n, rate, low, high} with a 95 % Wilson interval.
 """
@@ -143,7 +143,7 @@ def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
         "object_rate_by_concept": {name: round(float(value), 3) for name, value in per_concept.items()},
         "style_seen_as": seen_as.to_dict("index"),
         "machine": world.machine(),
-        "command": "python -m erasekit.emoji.report",
+        "command": "python -m erasekit.experiments.report",
     }
 
 

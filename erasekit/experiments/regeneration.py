@@ -1,6 +1,6 @@
 """RECE against its own attack: how often does the derived embedding draw what was erased?
 
-    python -m erasekit.evaluate.regeneration church --preserve castle --out data/results/rece_church.json
+    python -m erasekit.experiments.regeneration church --preserve castle --out data/results/rece_church.json
 
 For the map T_k after every round k (round 0 is UCE), on the emoji world:
 
@@ -169,7 +169,7 @@ def main() -> None:
     kept = "".join(f" --preserve {json.dumps(name)}" for name in given.preserve)
     named = " ".join(json.dumps(name) for name in given.concepts)
     command = (
-        f"python -m erasekit.evaluate.regeneration {named}{kept} --pictures {given.pictures} "
+        f"python -m erasekit.experiments.regeneration {named}{kept} --pictures {given.pictures} "
         f"--epochs {given.epochs} {'--skip-before ' if given.skip_before else ''}"
         f"{f'--pairs {given.pairs} ' if given.pairs else ''}--out {given.out.as_posix()}"
     )

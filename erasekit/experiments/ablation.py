@@ -1,6 +1,6 @@
 """One setting at a time: variants of a method on the emoji world, each measured alike.
 
-    python -m erasekit.evaluate.ablation advunlearn dog --out data/results/ablation_advunlearn_dog.json
+    python -m erasekit.experiments.ablation advunlearn dog --out data/results/ablation_advunlearn_dog.json
 
 Each variant changes the method's preset "emoji" in what `VARIANTS` says of it. Measured, on the same prompts and seeds:
 
@@ -27,12 +27,12 @@ from dataclasses import asdict, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from erasekit.attacks import emoji as stages
 from erasekit.attacks import unlearndiff
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol, associations, synonyms, weapons
 from erasekit.evaluate.records import EditMade, Measurement, Result, measurements, plain, read, save, shown
+from erasekit.experiments import stages
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
 
@@ -302,7 +302,7 @@ def main() -> None:
         "attack": {"name": "UnlearnDiffAtk", "config": asdict(attacker(given.attempts))},
     }
     whole = Result(
-        f"python -m erasekit.evaluate.ablation {words} --out {given.out.as_posix()}",
+        f"python -m erasekit.experiments.ablation {words} --out {given.out.as_posix()}",
         "ablation",
         **world.subject(model),
         erased=(given.concept,),
