@@ -92,10 +92,10 @@ def command(name: str, module, work: Callable, common: Callable) -> Callable:
 
 def _fitted(module, given: dict, concepts, preserve, anchor, model: str, preset: str | None):
     loaded = ek.load(model)
-    name = preset or ("emoji" if loaded.preset == "emoji" else "sd14-object")
-    if name not in module.PRESETS:
-        raise ValueError(f"unknown preset {name!r}: there are {', '.join(module.PRESETS)}")
-    config = configured(module.PRESETS[name], given)
+    if preset and preset not in module.PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: there are {', '.join(module.PRESETS)}")
+    begin = module.PRESETS[preset] if preset else chosen(module.PRESETS, loaded, None, "sd14-object")
+    config = configured(begin, given)
     shown = {"progress": True} if "progress" in inspect.signature(module.fit).parameters else {}
     edit = module.fit(loaded, erase=concepts, preserve=preserve, anchor=anchor, config=config, **shown)
     return loaded, edit

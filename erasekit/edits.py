@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import erasekit
-from erasekit import models
+from erasekit import __version__, models
 from erasekit.closed_form import ContextMap
 from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
 from erasekit.models import DiffusionModel
@@ -385,13 +384,14 @@ def _parameter(model: DiffusionModel, name: str) -> nn.Parameter:
 
 
 def _metadata(model: DiffusionModel, metadata: dict) -> dict:
-    packages = {"erasekit": erasekit, "torch": torch, "diffusers": diffusers, "transformers": transformers}
+    packages = {"torch": torch, "diffusers": diffusers, "transformers": transformers}
     whole = {
         **metadata,
         "base": model.fingerprint(),
         "text_base": model.text_fingerprint(),
         "source": model.source,
-        "versions": {name: str(package.__version__) for name, package in packages.items()},
+        "versions": {"erasekit": __version__}
+        | {name: str(one.__version__) for name, one in packages.items()},
         "license": "that of the base model",
     }
     if "config" in whole and not isinstance(whole["config"], dict):

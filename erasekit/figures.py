@@ -152,7 +152,7 @@ def rates(
     data: columns rate, low, high, as `metrics.rate` gives them, and the two that are named. Lines and panels stand in
     their order of appearance. method: whose color and marker, for all, by line or by panel. titles: of the panels.
     baseline: a dotted rate for each panel. about: under the axes. whole: axes from 0 to 1, else each as far as its
-    intervals reach. line: inches.
+    intervals reach. line: inches. A method without a color is a gray dot.
     """
     lines, panels = list(dict.fromkeys(data[row])), list(dict.fromkeys(data[panel]))
     fig, axs = plt.subplots(
@@ -163,8 +163,8 @@ def rates(
             key = method if isinstance(method, str) else method.get(one[row]) or method[name]
             error = [[one["rate"] - one["low"]], [one["high"] - one["rate"]]]
             ax.errorbar(
-                one["rate"], lines.index(one[row]), xerr=error, fmt=METHOD_MARKERS[key],
-                color=METHOD_COLORS[key], ms=5,
+                one["rate"], lines.index(one[row]), xerr=error, fmt=METHOD_MARKERS.get(key, "."),
+                color=METHOD_COLORS.get(key, "0.5"), ms=5,
             )  # fmt: skip
         if baseline:
             ax.axvline(baseline[name], color="0.7", ls=":")

@@ -35,14 +35,8 @@ def check(config, **least) -> None:
 
 
 def chosen(presets: Mapping, model: DiffusionModel, config, other: str):
-    """`config`, or the preset "emoji" of the emoji model, or that of the name `other`."""
-    return config or presets["emoji" if model.preset == "emoji" else other]
-
-
-def for_fit(presets: Mapping, model: DiffusionModel, config):
-    """The settings of a `fit`, of a model that can be edited: else a ValueError that says what to do."""
-    model.check_fit()
-    return chosen(presets, model, config, "sd14-object")
+    """`config`, or the preset of the model's world, or where there is none that of the name `other`."""
+    return config or presets[model.preset if model.preset in presets else other]
 
 
 def asked(
@@ -53,37 +47,34 @@ def asked(
     preserve,
     anchor,
     generator: torch.Generator | None,
+    *,
+    trains: bool = True,
 ) -> tuple:
-    """What a `fit` that trains is asked for: the settings, the concepts to erase, and the generator, seed 0 if None.
+    """What a `fit` is asked for: settings, concepts to erase, concepts to preserve, and the generator, seed 0 if None.
 
-    ValueError for a model that cannot be edited, or not be trained as it was loaded, for nothing to erase, and for
-    names that are unknown to the world, among those to preserve and the anchor as well.
+    config None: the preset of the model's world, or "sd14-object". ValueError for a model that cannot be edited, or, of
+    a `fit` that trains, not be trained as it was loaded, for nothing to erase, and for names that are unknown to the
+    world, the anchor's as well.
     """
-    config = for_fit(presets, model, config)
-    if model.dtype is torch.float16 and model.device.type == "cpu":
+    model.check_fit()
+    config = chosen(presets, model, config, "sd14-object")
+    if trains and model.dtype is torch.float16 and model.device.type == "cpu":
         raise ValueError(
             "training in float16 needs a GPU: load the model with dtype='float32', or 'bfloat16' to save memory"
         )
-    erased = model.concepts(erase)
-    model.concepts(preserve)
+    erased, preserved = model.concepts(erase), model.concepts(preserve)
     if isinstance(anchor, str) and anchor.strip():
         model.concepts(anchor)
     if not erased:
         raise ValueError("there is nothing to erase: name at least one concept")
-    return config, erased, torch.Generator().manual_seed(0) if generator is None else generator
+    return config, erased, preserved, torch.Generator().manual_seed(0) if generator is None else generator
 
 
-def anchored(model: DiffusionModel, concept: Concept, given: str | Concept | None, default: str) -> str:
-    """What is drawn instead of a concept: `given`, else its own anchor, else the default. ValueError where `given` is
-    unknown to the world.
-    """
-    if isinstance(given, Concept):
-        return given.name
+def anchors(erased: Sequence[Concept], given: str | Concept | None, default: str) -> list[str]:
+    """What is drawn instead of each concept: `given`, else its own anchor, else the default."""
     if given is None:
-        return default if concept.anchor is None else concept.anchor
-    if given.strip():
-        model.concepts(given)  # an unknown anchor is an error, as an unknown concept is
-    return given
+        return [default if one.anchor is None else one.anchor for one in erased]
+    return [given.name if isinstance(given, Concept) else given] * len(erased)
 
 
 def erase_prompts(concepts: Sequence[Concept], templates: Sequence[str]) -> list[str]:

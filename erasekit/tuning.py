@@ -81,6 +81,11 @@ def descend(
     return place
 
 
+def telling(callback: Callable[[dict], None] | None, **more) -> Callable[[dict], None] | None:
+    """`callback` with `more` in every state that it is given; None stays None."""
+    return callback and (lambda state: callback({**state, **more}))
+
+
 def discard(places: Sequence[Path]) -> None:
     """Delete folders of checkpoints."""
     for place in places:

@@ -5,4 +5,4 @@ from erasekit.methods import advunlearn, esd, mace, realera, rece, trce, uce
 METHODS = {"uce": uce, "esd": esd, "mace": mace, "rece": rece, "realera": realera, "trce": trce,
            "advunlearn": advunlearn}  # fmt: skip
 
-__all__ = ["METHODS", "advunlearn", "esd", "mace", "realera", "rece", "trce", "uce"]
+__all__ = ["METHODS", *METHODS]

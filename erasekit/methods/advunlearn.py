@@ -253,7 +253,7 @@ def fit(
     (ESD's loss on the attacked prompt), retain, and attack, the attacker's loss on the same state. The rest as in
     `esd.fit`.
     """
-    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
+    config, erased, preserved, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if anchor is not None:
         warnings.warn(
             "AdvUnlearn leads away from the concept, to nothing: `anchor` changes nothing", stacklevel=2
@@ -262,7 +262,7 @@ def fit(
     names, kept = [], []
     if config.gamma:
         names, kept = retained(
-            model, erased, model.concepts(preserve), config.retain_templates,
+            model, erased, preserved, config.retain_templates,
             similarity=config.retain_similarity, null=config.retain_null,
         )  # fmt: skip
 

@@ -111,7 +111,7 @@ def fit(
     interrupted call with the same arguments goes on. Raises ValueError for unknown concepts and nothing to erase,
     FloatingPointError for a loss that is not finite (the last good state stays).
     """
-    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
+    config, erased, _, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if preserve:
         warnings.warn("ESD has no term that preserves: `preserve` changes nothing", stacklevel=2)
     prompts = about = erase_prompts(erased, config.templates)

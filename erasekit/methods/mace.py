@@ -39,9 +39,9 @@ from erasekit.layers import attention_with_gradient, cross_attention_kv, grid_of
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
 from erasekit.sampling import ddim, denoise
-from erasekit.settings import EMOJI_TEMPLATES, anchored, asked, check
+from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check
 from erasekit.states import one_text_encoder
-from erasekit.tuning import descend, discard, trainee
+from erasekit.tuning import descend, discard, telling, trainee
 
 
 @dataclass(frozen=True)
@@ -364,20 +364,20 @@ def fit(
     pictures of a concept and its name, for masks instead of the attention's. callback: after stage 1 (step -1) rank,
     erase_residual and preserve_drift; in stage 2 step, loss and concept. generator, folder and errors as in `esd.fit`.
     """
-    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
+    config, erased, preserved, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if config.lora:
         one_text_encoder(model)
-    anchors = [anchored(model, concept, anchor, config.anchor) for concept in erased]
+    instead = anchors(erased, anchor, config.anchor)
     pairs = [
-        (fill(template, concept.name)[0], fill(template, instead)[0])
-        for concept, instead in zip(erased, anchors, strict=True)
+        (fill(template, concept.name)[0], fill(template, other)[0])
+        for concept, other in zip(erased, instead, strict=True)
         for template in concept.templates or config.templates
     ]
-    names, captions = retained(model, erased, model.concepts(preserve), config.keep_templates, null=True)
+    names, captions = retained(model, erased, preserved, config.keep_templates, null=True)
     kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
     sources, targets = residue(model, pairs)
     first = refine(sources, targets, kept, config)
-    concepts = {"erase": [one.name for one in erased], "anchor": anchors, "preserve": names}
+    concepts = {"erase": [one.name for one in erased], "anchor": instead, "preserve": names}
     named = dict(method="mace", config=config, concepts=concepts)
     if callback is not None:
         given = closed_form.Rows(sources, targets, kept, concepts)
@@ -393,11 +393,7 @@ def fit(
         pictures = shown(
             model, concept, replace(config, mask=0.0) if concept.templates else config, seed, segment
         )
-        tell = (
-            None
-            if callback is None
-            else lambda state, name=concept.name: callback({**state, "concept": name})
-        )
+        tell = telling(callback, concept=concept.name)
         change, place = suppress(refined, concept, pictures, config, generator, tell, folder, progress)
         changes.append(change)
         places.append(place)

@@ -34,10 +34,10 @@ from erasekit.layers import cross_attention_kv
 from erasekit.methods import mace
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
-from erasekit.settings import EMOJI_TEMPLATES, anchored, asked, check
+from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check
 from erasekit.states import Picks, State, States, one_text_encoder
 from erasekit.tokens import as_text, vocabulary
-from erasekit.tuning import descend, discard
+from erasekit.tuning import descend, discard, telling
 
 Mode = Literal["toward_gaussian", "shell", "subspace"]
 Scope = Literal["token", "sequence"]
@@ -441,20 +441,19 @@ def fit(
     or COCO's categories. callback: after the closed form (step -1) rank; in the LoRA step, loss, erase, near,
     far and concept. generator, folder and errors as in `esd.fit`.
     """
-    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
+    config, erased, preserved, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if config.lora:
         one_text_encoder(model)
-    siblings = model.concepts(preserve)
-    anchors = [anchored(model, concept, anchor, config.anchor) for concept in erased]
-    names, captions = retained(model, erased, siblings, config.keep_templates, null=True)
+    instead = anchors(erased, anchor, config.anchor)
+    names, captions = retained(model, erased, preserved, config.keep_templates, null=True)
     kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
     wanted = config.mode == "subspace" and config.neighbour
     own_basis = [subspace(model, concept, config, names) if wanted else None for concept in erased]
     own_pairs = [
-        [aligned(model.tokenizer, t, concept.name, instead) for t in concept.templates or config.templates]
-        for concept, instead in zip(erased, anchors, strict=True)
+        [aligned(model.tokenizer, t, concept.name, other) for t in concept.templates or config.templates]
+        for concept, other in zip(erased, instead, strict=True)
     ]
-    concepts = {"erase": [one.name for one in erased], "anchor": anchors, "preserve": names}
+    concepts = {"erase": [one.name for one in erased], "anchor": instead, "preserve": names}
     named = dict(method="realera", config=config, concepts=concepts)
 
     first = ContextMap.identity(kept.shape[1])
@@ -469,11 +468,7 @@ def fit(
     start = Edit.from_context_map(first, model).merged(model)
     changes, keys, places = [], [], []
     for concept, pairs, basis in zip(erased, own_pairs, own_basis, strict=True):
-        tell = (
-            None
-            if callback is None
-            else lambda state, name=concept.name: callback({**state, "concept": name})
-        )
+        tell = telling(callback, concept=concept.name)
         change, place = align(model, start, pairs, basis, config, generator, tell, folder, progress)
         changes.append(change)
         places.append(place)

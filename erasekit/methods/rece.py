@@ -44,7 +44,7 @@ from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import uce
 from erasekit.models import DiffusionModel
-from erasekit.settings import for_fit
+from erasekit.settings import asked
 
 Regularizer = Literal["zero", "anchor", "source", "surrogate", "both"]
 Pairs = Literal["positions", "start"]
@@ -183,9 +183,11 @@ def fit(
     (n, d), sources, norm_ratio ||c'|| / ||c||, and attack_residual of the derived embedding before the round erased
     it and after.
     """
-    config = for_fit(PRESETS, model, config)
+    config, erased, preserved, _ = asked(
+        PRESETS, model, config, erase, preserve, anchor, generator, trains=False
+    )
     start = config.start
-    given = uce.rows(model, erase, preserve, anchor, start)
+    given = uce.rows(model, erased, preserved, anchor, start)
     paired = positions(model, given) if config.pairs == "positions" else given
     kept = None if given.preserved is None else closed_form.condensed(given.preserved)
     scales = dict(erase_scale=start.erase_scale, preserve_scale=start.preserve_scale, lam=start.lam)

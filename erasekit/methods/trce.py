@@ -343,7 +343,7 @@ def fit(
     and of the preserved ones; in stage 2 at every iteration step, loss, erase, keep, and active, the share of rows with
     a gradient. generator, folder and errors as in `esd.fit`.
     """
-    config, erased, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
+    config, erased, preserved, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
     if config.stages != "text":
         one_text_encoder(model)
     instead = anchor.name if isinstance(anchor, Concept) else anchor
@@ -360,7 +360,7 @@ def fit(
 
     first = None
     if config.stages != "trajectory":
-        names, captions = retained(model, about, model.concepts(preserve), config.keep_templates, null=True)
+        names, captions = retained(model, about, preserved, config.keep_templates, null=True)
         concepts["preserve"] = names
         kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
         sources, targets = rows(model, given, config)

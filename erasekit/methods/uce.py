@@ -29,7 +29,7 @@ from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, fill, slot_token
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
-from erasekit.settings import anchored, for_fit
+from erasekit.settings import anchors, asked
 
 Tokens = Literal["last_subject", "last_to_end", "all"]
 
@@ -89,43 +89,40 @@ PRESETS = {
 
 def rows(
     model: DiffusionModel,
-    erase: str | Concept | Sequence[str | Concept],
-    preserve: str | Concept | Sequence[str | Concept],
+    erased: Sequence[Concept],
+    preserved: Sequence[Concept],
     anchor: str | Concept | None,
     config: Config,
 ) -> closed_form.Rows:
     """Encode what `fit` solves for; every distinct prompt is encoded once. Errors as in `fit`."""
-    erased, kept = model.concepts(erase), model.concepts(preserve)
-    if not erased:
-        raise ValueError("there is nothing to erase: name at least one concept")
-    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in kept}:
+    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in preserved}:
         raise ValueError(
             f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
         )
-    anchors = [anchored(model, concept, anchor, config.anchor) for concept in erased]
+    instead = anchors(erased, anchor, config.anchor)
 
     slots = lambda templates: [
-        (template, phrase, instead)
-        for concept, instead in zip(erased, anchors, strict=True)
+        (template, phrase, other)
+        for concept, other in zip(erased, instead, strict=True)
         for template in concept.templates or templates
         for phrase in (concept.name, *(concept.synonyms if config.synonyms else ()))
     ]
     pairs = slots(config.templates)
-    keep = [(t, concept.name) for concept in kept for t in concept.templates or config.preserve_templates]
+    keep = [(t, one.name) for one in preserved for t in one.templates or config.preserve_templates]
     embed = _embedder(model, [(t, p) for t, *both in pairs for p in both] + keep)
 
     paired = [_paired_rows(model.tokenizer, embed, *pair, config.tokens) for pair in pairs]
     sources, targets = (torch.cat(side) for side in zip(*paired, strict=True))
-    preserved = [_rows(model.tokenizer, embed, *slot, config.preserve_tokens) for slot in keep]
+    kept = [_rows(model.tokenizer, embed, *slot, config.preserve_tokens) for slot in keep]
     if config.preserve_null:
-        preserved.append(model.encode("")[0].double())
+        kept.append(model.encode("")[0].double())
     concepts = {
         "erase": [concept.name for concept in erased],
-        "anchor": anchors,
-        "preserve": [concept.name for concept in kept],
+        "anchor": instead,
+        "preserve": [concept.name for concept in preserved],
     }
-    prompts = tuple((fill(t, phrase)[0], fill(t, instead)[0]) for t, phrase, instead in slots(("{}",)))
-    return closed_form.Rows(sources, targets, torch.cat(preserved) if preserved else None, concepts, prompts)
+    prompts = tuple((fill(t, phrase)[0], fill(t, other)[0]) for t, phrase, other in slots(("{}",)))
+    return closed_form.Rows(sources, targets, torch.cat(kept) if kept else None, concepts, prompts)
 
 
 def fit(
@@ -146,8 +143,10 @@ def fit(
     concepts, nothing to erase, a concept both erased and preserved, over-long prompts and settings that make
     the system singular.
     """
-    config = for_fit(PRESETS, model, config)
-    given = rows(model, erase, preserve, anchor, config)
+    config, erased, preserved, _ = asked(
+        PRESETS, model, config, erase, preserve, anchor, generator, trains=False
+    )
+    given = rows(model, erased, preserved, anchor, config)
     context_map = solve(given, config)
     edit = Edit.from_context_map(context_map, model, method="uce", config=config, concepts=given.concepts)
     if callback is not None:
