@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from PIL.Image import Image, fromarray
 
+from erasekit.attacks import ATTACKS
 from erasekit.attacks.common import AttackResult, Measure, sees
 from erasekit.emoji import data
 from erasekit.emoji.pictures import Placement, load_sprites, place
@@ -141,8 +142,6 @@ def attack(
     name: str, victim: DiffusionModel, original: DiffusionModel, staged: Stage, **changes
 ) -> AttackResult:
     """One attack of `ATTACKS` on a victim. changes: further arguments of its `run`."""
-    from erasekit.attacks import ATTACKS
-
     run = ATTACKS[name].run
     given = staged.arguments(run, original) | {"goal": staged.goal, "seeds": list(staged.seeds)}
     return run(victim, list(staged.prompts), **(given | changes))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 
+from erasekit.attacks import unlearndiff
 from erasekit.concepts import Concept, content_ids
 from erasekit.edits import Edit
 from erasekit.evaluate import judges, protocols, records, runs
@@ -249,8 +250,6 @@ def _attacked(
     model, edit, made, preset: str, done: runs.Run, changes: dict, place: Path, targets: list, progress
 ) -> dict:
     """UnlearnDiffAtk on the prompts that leave it room; `targets`, the unedited model's pictures, are drawn once."""
-    from erasekit.attacks import unlearndiff
-
     config = _changed(unlearndiff.PRESETS[preset], changes)
     room = model.tokenizer.model_max_length - 2 - config.k
     every = runs.shots(done.protocol)
