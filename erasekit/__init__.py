@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from erasekit import attacks, closed_form, evaluate, experiments
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import advunlearn, esd, mace, realera, rece, trce, uce
+    from erasekit.methods import advunlearn, dp, esd, mace, realera, rece, trce, uce
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -42,6 +42,7 @@ __all__ = [
     "realera",
     "trce",
     "advunlearn",
+    "dp",
 ]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
@@ -57,6 +58,7 @@ _HOME = {
     "mace": "erasekit.methods",
     "realera": "erasekit.methods",
     "advunlearn": "erasekit.methods",
+    "dp": "erasekit.methods",
 }
 
 

@@ -34,6 +34,7 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "trce-text": "TRCE, stage 1",
     "trce": "TRCE",
     "advunlearn": "AdvUnlearn",
+    "dp": "DP",
 }
 METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
     "original": "#4d4d4d",
