@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from erasekit import states
+from erasekit.layers import channels_last
 from erasekit.models import DiffusionModel
 from erasekit.training import constant, optimize
 
@@ -70,7 +71,7 @@ def descend(
         with mixed(model):
             return loss(step, generator)
 
-    with frozen(model.unet, model.text_encoder):
+    with frozen(model.unet, model.text_encoder), channels_last(model.unet, module):
         optimize(
             method, module, careful, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
             betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=clip, decay=0.0,
