@@ -372,9 +372,8 @@ def test_what_is_held_fast_is_computed_once(shared_model, tmp_path, monkeypatch)
         with torch.no_grad():
             wanted = start.unet(x, t, encoder_hidden_states=text).sample
         assert torch.allclose(found[:, node], wanted, atol=1e-5)
-        assert not torch.allclose(
-            found[:, node], calm.table["uncond"][:, node], atol=1e-3
-        )  # stage 1 moved it
+        moved = found[:, node] - calm.table["uncond"][:, node]
+        assert moved.abs().max() > 1e-3  # by stage 1
 
 
 def test_training_pushes_towards_the_safe_direction(shared_model, given):
@@ -391,8 +390,9 @@ def test_training_pushes_towards_the_safe_direction(shared_model, given):
         return float(trce.hinge(out, points.directions, points.offsets, config.margin).mean())
 
     before = error()
-    for rate, low, high in ((config.lr, 0.0, 0.8), (0.0, 0.99, 1.01)):  # and not without learning
-        _, edit = fitted(shared_model, replace(config, lr=rate))
+    # and not without learning, however long
+    for rate, iterations, low, high in ((config.lr, config.iterations, 0.0, 0.8), (0.0, 3, 0.99, 1.01)):
+        _, edit = fitted(shared_model, replace(config, lr=rate, iterations=iterations))
         with edit.applied(shared_model):
             assert low * before <= error() <= high * before
 
