@@ -158,11 +158,12 @@ def latents(method: str, config, prompts: int, kept: int = 0) -> Latents:
         r = config.retain_batch if kept else 0
         return Latents(whole, attacked * state(b) + state(b) + state(r), attacked * b + b + r)
     if method == "trce":
-        seen = min(config.early + 1, config.sampler)  # the walk computes one step more before it stops
-        whole = prompts * config.noises * (2 * seen + config.early) + config.calm * config.sampler * 2
+        held = (
+            config.reference == "stage1" and config.stages == "both"
+        )  # predicted anew on the unconditional ways
+        whole = prompts * config.noises * config.early * 3 + config.calm * config.sampler * (1 + held)
         hinged = b * (2 if config.branches == "both" else 1)
-        free = config.keep_batch if config.reference == "stage1" else 0
-        return Latents(whole, free, hinged + config.keep_batch)
+        return Latents(whole, 0, hinged + config.keep_batch)
     if method == "realera":
         n, m = config.lora_n * config.neighbour, config.lora_m * config.beyond
         return Latents(prompts * config.noises * config.sampler * 2, b * (1 + m), b * (1 + n + m))

@@ -178,6 +178,26 @@ def text_projected_once(unet: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
+@contextmanager
+def channels_last(*modules: nn.Module) -> Iterator[None]:
+    """Inside the block the kernels of convolutions lie in memory as a CPU likes them, channels last; elsewhere, and
+    afterwards, as before. The emoji world's UNet takes a fifth less time.
+    """
+    kernels = [
+        parameter
+        for module in modules
+        for parameter in module.parameters()
+        if parameter.ndim == 4 and parameter.device.type == "cpu" and parameter.is_contiguous()
+    ]
+    try:
+        for kernel in kernels:
+            kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for kernel in kernels:
+            kernel.data = kernel.data.contiguous()
+
+
 def text_backbone(text_encoder: nn.Module) -> nn.Module:
     """The module with `embeddings`, `encoder` and `final_layer_norm`.
 

@@ -149,12 +149,13 @@ class DiffusionModel:
         return as_concepts(given, self.vocabulary)
 
     @torch.no_grad()
-    def encode(self, prompts: str | Sequence[str], batch_size: int = 32) -> Tensor:
+    def encode(self, prompts: str | Sequence[str], batch_size: int = 32, length: int | None = None) -> Tensor:
         """Text embeddings (n, length, d): the last hidden state, padded to the limit, no attention mask.
 
         With two text encoders, as in SDXL, what cross-attention reads there: the hidden states before the last
         layer of both, side by side. `encode("")` is the unconditional embedding (the SDXL pipeline may take zeros
-        instead). Raises ValueError for a prompt over the token limit.
+        instead). length: only the first so many rows, which do not depend on those that follow (the encoder is causal).
+        Raises ValueError for a prompt over the token limit.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -168,7 +169,8 @@ class DiffusionModel:
             ]
         fixed, sides = self.fixed_batch, []
         for tokenizer, encoder, chosen in parts:
-            batches = token_ids(tokenizer, prompts).to(self.device).split(fixed or batch_size)
+            ids = token_ids(tokenizer, prompts)[:, :length].to(self.device)
+            batches = ids.split(fixed or batch_size)
 
             @torch.no_grad()
             def rows(batch: Tensor, encoder=encoder, chosen=chosen) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from erasekit.layers import text_projected_once
+from erasekit.layers import channels_last, text_projected_once
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing
 from erasekit.sampling import ddim, walk
@@ -112,9 +112,9 @@ class States:
 
         def whole(part: slice) -> dict[str, Tensor]:
             steps = list(self._walk(*map(torch.tensor, zip(*ways[part], strict=True))))[::-1]
-            found = {
-                name: torch.stack([step[name] for step in steps], 1) for name in ("sample", "text", "uncond")
-            }
+            column = lambda name: torch.stack([step[name] for step in steps], 1)
+            found = {name: column(name) for name in ("sample", "text")}
+            found["uncond"] = found["text"].clone() if self.unguided else column("uncond")
             at = torch.tensor([step["timestep"] for step in steps])
             return found | {"timestep": at.expand(len(ways[part]), -1)}
 
@@ -127,6 +127,11 @@ class States:
             self.noises,
         ]
         self.table = cached(self.model, (self.folder or FOLDER) / "states", what, len(ways), whole)
+
+    @property
+    def unguided(self) -> bool:
+        """Whether both halves of guidance would be the same: the empty prompt alone."""
+        return not any(self.prompts)
 
     def timesteps(self) -> Tensor:
         """Time step of each node, (sampler,)."""
@@ -190,7 +195,7 @@ class States:
             self.empty.expand_as(text),
             [torch.Generator().manual_seed(seed) for seed in seeds],
             steps=self.sampler,
-            guidance=self.guidance,
+            guidance=1.0 if self.unguided else self.guidance,
             size=self.model.latent_size,
             skip=skip,
         )
@@ -204,9 +209,10 @@ def cached(
     They are made in pieces and written below `place`, in a folder named by the model and `what` they depend on: the
     next call reads them, a kill costs one piece a thread, a damaged piece is made again.
     """
-    what = [model.fingerprint(), model.edits_in_force(), model.dtype, model.device.type, *what]
+    # Nobody looks at these pictures, so that a small model need not compute them in the batches of `generate`.
+    size = max(model.batch_size, 8)
+    what = [model.fingerprint(), model.edits_in_force(), model.dtype, model.device.type, size, *what]
     folder = place / hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
-    size = model.batch_size
 
     @torch.no_grad()
     def piece(first: int) -> dict[str, Tensor]:
@@ -218,7 +224,7 @@ def cached(
                 save_file(found, temporary, {"digest": _digest(found)})
         return found
 
-    with text_projected_once(model.unet):
+    with text_projected_once(model.unet), channels_last(model.unet):
         parts = model._map(piece, range(0, count, size))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

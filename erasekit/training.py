@@ -135,7 +135,8 @@ def optimize(
         if clear:
             optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        if clip < float("inf"):
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         if average:
             rate = min(decay, (step - begin + 1) / (step - begin + 10))

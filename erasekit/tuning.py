@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from erasekit import states
+from erasekit.layers import channels_last
 from erasekit.models import DiffusionModel
 from erasekit.training import constant, optimize
 
@@ -25,6 +26,9 @@ def trainee(module: nn.Module, names: Sequence[str]) -> nn.Module:
     wanted = set(names)
     for name, parameter in copied.named_parameters():
         parameter.requires_grad_(name in wanted)
+        # as in `channels_last`, and for good; trained ones lie as their moments in a checkpoint
+        if parameter.ndim == 4 and name not in wanted and parameter.device.type == "cpu":
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return copied
 
 
@@ -70,7 +74,7 @@ def descend(
         with mixed(model):
             return loss(step, generator)
 
-    with frozen(model.unet, model.text_encoder):
+    with frozen(model.unet, model.text_encoder), channels_last(model.unet):
         optimize(
             method, module, careful, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
             betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=clip, decay=0.0,

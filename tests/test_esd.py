@@ -133,17 +133,35 @@ def test_what_is_kept_survives_a_kill_and_shows_damage(shared_model, tmp_path, m
         made.append(part.start)
         return {"x": torch.arange(part.start, part.stop).float(), "y": torch.ones(part.stop - part.start, 2)}
 
-    keep = lambda what, make: cached(shared_model, tmp_path, what, 10, make)["x"].tolist()
+    keep = lambda what, make: cached(shared_model, tmp_path, what, 20, make)["x"].tolist()
     with pytest.raises(KeyboardInterrupt):
-        keep(["a"], lambda part: rows(part, until=8))
-    assert keep(["a"], rows) == list(range(10)) and made == [0, 4, 8]
+        keep(["a"], lambda part: rows(part, until=16))
+    assert keep(["a"], rows) == list(range(20)) and made == [0, 8, 16]
     (first, *_) = sorted(tmp_path.rglob("*.safetensors"))
     content = bytearray(first.read_bytes())
     content[-3] ^= 1
     first.write_bytes(content)
-    assert keep(["a"], rows) == list(range(10)) and made == [0, 4, 8, 0]
+    assert keep(["a"], rows) == list(range(20)) and made == [0, 8, 16, 0]
     keep(["b"], rows)
-    assert made == [0, 4, 8, 0, 0, 4, 8]
+    assert made == [0, 8, 16, 0, 0, 8, 16]
+
+
+def test_the_empty_prompt_needs_one_half_of_guidance(shared_model, tmp_path, monkeypatch):
+    """Where text and no text are the same, e = e_uncond + w (e_text - e_uncond) is e_uncond for every w."""
+    rows, forward = [], shared_model.unet.forward
+    counted = lambda x, *args, **kwargs: rows.append(len(x)) or forward(x, *args, **kwargs)
+    monkeypatch.setattr(shared_model.unet, "forward", counted)
+    given = (shared_model, [""], 11, 3.0, 5)
+    kept, fresh = States(*given, "cached", 3, folder=tmp_path), States(*given, "frozen", 3)
+    assert rows == [3] * 5  # the control: "frozen" draws with one half as well, and predicts both
+    picks = Picks(*(torch.tensor(column) for column in ([0] * 4, [0, 1, 2, 0], [0, 2, 4, 3], [0] * 4)))
+    one, other = kept.at(picks), fresh.at(picks)
+    monkeypatch.setattr(States, "unguided", False)
+    both = States(*given, "cached", 3, folder=tmp_path / "both").at(picks)
+    for name in STATE:
+        assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-5)
+        assert torch.allclose(getattr(one, name), getattr(both, name), atol=1e-5)
+    assert rows[-5:] == [6] * 5
 
 
 def test_cached_and_new_states_are_the_same(shared_model):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from erasekit.layers import (
+    channels_last,
     cross_attention,
     cross_attention_kv,
     record_attention,
@@ -148,3 +149,18 @@ def test_a_text_is_projected_once(model):
     with pytest.raises(RuntimeError), text_projected_once(model.unet):
         raise RuntimeError
     assert not any("forward" in vars(layer) for layer in layers.values())
+
+
+def test_kernels_that_lie_otherwise_draw_the_same(model):
+    x, t, text = torch.ones(2, 4, 8, 8), torch.tensor([1, 2]), model.encode(["a church", "a house"])
+    before = {name: parameter.clone() for name, parameter in model.unet.named_parameters()}
+    kernel = model.unet.conv_in.weight
+    with torch.no_grad():
+        plain = model.unet(x, t, text).sample
+        with pytest.raises(RuntimeError, match="stop"), channels_last(model.unet):
+            assert not kernel.is_contiguous() and torch.equal(kernel, before["conv_in.weight"])
+            assert torch.allclose(model.unet(x, t, text).sample, plain, atol=1e-5)
+            raise RuntimeError("stop")
+        assert torch.equal(model.unet(x, t, text).sample, plain)
+    for name, parameter in model.unet.named_parameters():
+        assert parameter.is_contiguous() and torch.equal(parameter, before[name])

@@ -183,6 +183,13 @@ def test_encode_is_what_the_pipeline_feeds_the_unet(shared_model):
         shared_model.encode([])
 
 
+def test_the_first_rows_do_not_depend_on_the_rest(shared_model):
+    """The encoder is causal: without the padding they are the same."""
+    whole, first = shared_model.encode(PROMPTS), shared_model.encode(PROMPTS, length=5)
+    assert first.shape == (5, 5, WIDTH)
+    assert torch.allclose(first, whole[:, :5], atol=1e-5)
+
+
 def test_a_prompt_that_just_fits(shared_model):
     assert shared_model.encode("a " * (LENGTH - 2)).shape == (1, LENGTH, WIDTH)
     with pytest.raises(ValueError, match=f"{LENGTH - 1} tokens, the limit is {LENGTH - 2}"):

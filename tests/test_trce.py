@@ -16,6 +16,7 @@ from erasekit.emoji import data
 from erasekit.layers import cross_attention_kv, unet_parameters
 from erasekit.methods import trce
 from erasekit.sampling import walk
+from erasekit.states import States
 
 SHORT = trce.Config(
     templates=("{}", "a {}", "a {} in ink style"), steer_templates=("{}", "a {}"), keep_templates=("a {}",), eta=1e-2,
@@ -257,7 +258,7 @@ def test_the_cache_is_a_quarter_of_the_official_one(shared_model):
 
 
 def test_a_kill_costs_one_piece_and_damage_is_found(shared_model, tmp_path, monkeypatch):
-    whole = points_of(shared_model, replace(SHORT, noises=4), folder=tmp_path)
+    whole = points_of(shared_model, replace(SHORT, noises=5), folder=tmp_path)
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == 2
     files[1].write_bytes(files[1].read_bytes()[:-7])  # truncated
@@ -265,10 +266,10 @@ def test_a_kill_costs_one_piece_and_damage_is_found(shared_model, tmp_path, monk
     damaged[-3] ^= 1
     drawn = []
     monkeypatch.setattr(trce, "walk", lambda *args, **kw: drawn.append(1) or walk(*args, **kw))
-    again = points_of(shared_model, replace(SHORT, noises=4), folder=tmp_path)
+    again = points_of(shared_model, replace(SHORT, noises=5), folder=tmp_path)
     assert len(drawn) == 1
     files[0].write_bytes(damaged)
-    third = points_of(shared_model, replace(SHORT, noises=4), folder=tmp_path)
+    third = points_of(shared_model, replace(SHORT, noises=5), folder=tmp_path)
     assert len(drawn) == 2
     for name in trce.TRAJECTORY:
         assert torch.equal(getattr(whole, name), getattr(again, name))
@@ -357,6 +358,24 @@ def test_nothing_is_to_keep_at_the_start_and_weight_scales_it(shared_model):
         assert state["loss"] == pytest.approx(state["erase"] + SHORT.weight * state["keep"], rel=1e-5)
 
 
+def test_what_is_held_fast_is_computed_once(shared_model, tmp_path, monkeypatch):
+    """Kept with the unconditional ways, and what the merged first stage predicts there."""
+    ways = []
+    monkeypatch.setattr(trce, "States", lambda *args, **kw: ways.append(States(*args, **kw)) or ways[-1])
+    _, edit = fitted(shared_model, folder=tmp_path)
+    (calm,) = ways
+    start = edit.first_stage().merged(shared_model)
+    found = trce.calmed(start, calm, [], tmp_path)
+    for node in range(SHORT.sampler):
+        x, t = (calm.table[name][:, node] for name in ("sample", "timestep"))
+        text = start.encode("").expand(SHORT.calm, -1, -1)
+        with torch.no_grad():
+            wanted = start.unet(x, t, encoder_hidden_states=text).sample
+        assert torch.allclose(found[:, node], wanted, atol=1e-5)
+        moved = found[:, node] - calm.table["uncond"][:, node]
+        assert moved.abs().max() > 1e-3  # by stage 1
+
+
 def test_training_pushes_towards_the_safe_direction(shared_model, given):
     config = replace(SHORT, stages="trajectory", iterations=60, weight=0.0, lr=3e-3, branches="text", batch=4)
     malicious, safe = [one[0] for one in given], [one[2] for one in given]
@@ -371,8 +390,9 @@ def test_training_pushes_towards_the_safe_direction(shared_model, given):
         return float(trce.hinge(out, points.directions, points.offsets, config.margin).mean())
 
     before = error()
-    for rate, low, high in ((config.lr, 0.0, 0.8), (0.0, 0.99, 1.01)):  # and not without learning
-        _, edit = fitted(shared_model, replace(config, lr=rate))
+    # and not without learning, however long
+    for rate, iterations, low, high in ((config.lr, config.iterations, 0.0, 0.8), (0.0, 3, 0.99, 1.01)):
+        _, edit = fitted(shared_model, replace(config, lr=rate, iterations=iterations))
         with edit.applied(shared_model):
             assert low * before <= error() <= high * before
 

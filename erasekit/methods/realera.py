@@ -222,7 +222,7 @@ def _last_rows(model: DiffusionModel, phrases: Sequence[str]) -> Tensor:
     for start in range(0, len(phrases), 256):  # of a whole vocabulary only these rows fit into memory
         part = phrases[start : start + 256]
         at = [slot_token(model.tokenizer, "a {}", phrase) for phrase in part]
-        rows = model.encode([f"a {phrase}" for phrase in part])
+        rows = model.encode([f"a {phrase}" for phrase in part], length=max(at) + 1)
         found.append(rows[torch.arange(len(part)), at].double().cpu())
     return torch.cat(found)
 

@@ -24,6 +24,7 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -295,12 +296,11 @@ def trajectories(
         at = prompt.to(model.device)
         points: list[list[Tensor]] = []
         own = [torch.Generator().manual_seed(seed + 7919 * p + n) for p, n in part]
-        for step in walk(
+        way = walk(
             model.unet, ddim(model.scheduler), text[at], empty.expand_as(text[at]), own, steps=config.sampler,
             guidance=config.guidance, size=model.latent_size,
-        ):  # fmt: skip
-            if step["step"] >= config.early:
-                break
+        )  # fmt: skip
+        for step in islice(way, config.early):
             x, t = step["sample"], step["timestep"]
             predict = lambda x, rows, t=t: model.unet(x, t, encoder_hidden_states=rows, return_dict=False)[0]
             told, uncond = step["text"], step["uncond"]
@@ -318,6 +318,23 @@ def trajectories(
     what += [config.early, config.noises, config.beta, config.faithful]
     found = cached(model, (folder or states.FOLDER) / "trajectories", what, len(ways), early)
     return Trajectories(*(found[name].flatten(0, 1) for name in TRAJECTORY))
+
+
+def calmed(start: DiffusionModel, calm: States, also: Sequence, folder: Path | None = None) -> Tensor:
+    """What the model after stage 1 predicts on the unconditional ways, (calm, sampler, channels, height, width): once,
+    not at every iteration. also: what the ways depend on.
+    """
+
+    def predicted(part: slice) -> dict[str, Tensor]:
+        found = []
+        for node in range(calm.sampler):
+            x, t = (calm.table[name][part, node].to(start.device) for name in ("sample", "timestep"))
+            text = calm.empty.expand(len(x), -1, -1)
+            found.append(start.unet(x, t, encoder_hidden_states=text, return_dict=False)[0])
+        return {"uncond": torch.stack(found, 1)}
+
+    what = [dict(calm.model.scheduler.config), calm.sampler, calm.noises, *also]
+    return cached(start, (folder or states.FOLDER) / "calm", what, calm.noises, predicted)["uncond"]
 
 
 # Both
@@ -396,13 +413,17 @@ def steer(
     start = model.copy() if first is None else Edit.from_context_map(first, model).merged(model)
     unet = trainee(start.unet, unet_parameters(start.unet, "visual"))
     text, empty, device = model.encode(malicious), model.encode("")[0], model.device
+    wanted = calm.table["uncond"]
+    if config.reference == "stage1" and first is not None:
+        wanted = calmed(start, calm, [model.fingerprint(), seed], folder)
 
     def loss(step: int, generator: torch.Generator) -> dict:
         picked = torch.randint(len(points.timesteps), (config.batch,), generator=generator)
         at = lambda name: getattr(points, name)[picked].to(device)
         z, d, k, t = at("latents").to(model.dtype), at("directions"), at("offsets"), at("timesteps")
         own = text[points.prompts[picked].to(device)]
-        still = calm.at(calm.pick(torch.zeros(config.keep_batch, dtype=torch.long), generator))
+        picks = calm.pick(torch.zeros(config.keep_batch, dtype=torch.long), generator)
+        still, held = calm.at(picks), wanted[picks.noise, picks.node].to(device)
         none = lambda n: empty.expand(n, -1, -1)
         x, times, context = [z], [t], [own]
         if config.branches == "both":
@@ -414,16 +435,7 @@ def steer(
         steered, calmly = out[: -config.keep_batch], out[-config.keep_batch :]
         repeat = len(steered) // len(z)
         losses = hinge(steered, d.repeat(repeat, 1, 1, 1), k.repeat(repeat), config.margin)
-        wanted = still.uncond
-        if config.reference == "stage1":
-            with torch.no_grad():
-                wanted = start.unet(
-                    still.sample,
-                    still.timestep,
-                    encoder_hidden_states=none(config.keep_batch),
-                    return_dict=False,
-                )[0]
-        erase, keep = losses.mean(), (calmly.float() - wanted.float()).square().mean()
+        erase, keep = losses.mean(), (calmly.float() - held.float()).square().mean()
         active = (losses.detach() > 0).float().mean()
         return {"loss": erase + config.weight * keep, "erase": erase, "keep": keep, "active": active}
 

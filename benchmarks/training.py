@@ -1,0 +1,170 @@
+"""Where the time of training goes: CPU seconds of the parts of each trained method with its preset for the emoji world.
+
+    python benchmarks/training.py --out data/results/benchmark_training.json
+
+A benchmark, not a test. One thread, and the CPU time of this process: what else the machine does weighs little. Each
+method erases "dog", from an empty cache, in a few iterations and with the first pieces of the kept states; `whole` is
+what all of both take: pieces by their mean, iterations by their median. Parts, none of which is counted twice:
+
+    text        text embeddings outside iterations
+    states      x_t, and the pictures of MACE, drawn by the frozen model
+    frozen      what the frozen model predicts in an iteration, beside what is kept with x_t
+    attack      AdvUnlearn's attacker, forward and backward
+    forward     the rest of the loss: the model in training
+    backward    its gradient
+    update      the rest of an iteration: the optimizer, checkpoints
+    rest        closed forms, copies, hashes
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import torch
+from diffusers import UNet2DConditionModel
+
+import erasekit as ek
+from erasekit import states, tuning
+from erasekit.evaluate.runs import machine
+from erasekit.methods import METHODS, advunlearn, mace, trce
+from erasekit.models import DiffusionModel
+from erasekit.paths import write_atomically
+
+TRAINED = ("esd", "advunlearn", "trce", "realera", "mace")
+ONCE = ("text", "states", "rest")
+ITERATION = ("frozen", "attack", "forward", "backward", "update")
+PIECES = 2  # of kept states
+
+
+class Clock:
+    """CPU seconds by part, each second in the innermost part alone."""
+
+    def __init__(self):
+        self.spent, self.open, self.mark = defaultdict(float), ["rest"], time.process_time()
+
+    def turn(self) -> None:
+        now = time.process_time()
+        self.spent[self.open[-1]] += now - self.mark
+        self.mark = now
+
+    @contextmanager
+    def part(self, name: str):
+        self.turn()
+        self.open.append(name)
+        try:
+            yield
+        finally:
+            self.turn()
+            self.open.pop()
+
+    def timed(self, name: str, owner, attribute: str, when=lambda clock: True):
+        """A patch that counts the calls of owner.attribute as a part, when it should."""
+        original = getattr(owner, attribute)
+
+        @wraps(original)
+        def call(*args, **kwargs):
+            if not when(self):
+                return original(*args, **kwargs)
+            with self.part(name):
+                return original(*args, **kwargs)
+
+        return patch.object(owner, attribute, call)
+
+
+def measured(model: DiffusionModel, name: str, iterations: int) -> dict:
+    """Seconds of the parts of a whole training by a method."""
+    module, clock, seen = METHODS[name], Clock(), []
+    preset = module.PRESETS["emoji"]
+    config = replace(preset, iterations=iterations, **({"warmup": 0} if name == "advunlearn" else {}))
+    # TRCE's frozen model is a merged copy, so that it is told by the missing gradient
+    frozen = lambda clock: clock.open[-1] == "forward" and not torch.is_grad_enabled()
+    descend, draw, pieces = tuning.optimize, states.cached, []
+
+    def cached(model, place, what, count, make):
+        few = min(count, PIECES * model.batch_size)
+        with clock.part("states"):
+            pieces.append((count / few - 1, clock.spent["states"]))
+            found = draw(model, place, what, few, make)
+        pieces[-1] = pieces[-1][0] * (clock.spent["states"] - pieces[-1][1])
+        return {name: tensor[torch.arange(count) % few] for name, tensor in found.items()}
+
+    def optimize(label, part, loss, *, callback=None, **settings):
+        def forward(*given):
+            with clock.part("forward"):
+                return loss(*given)
+
+        def after(state):
+            clock.turn()
+            seen.append(dict(clock.spent))
+
+        with clock.part("update"):
+            return descend(label, part, forward, callback=after, **settings)
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for one in (
+            clock.timed("text", DiffusionModel, "encode"),
+            patch.object(states, "cached", cached),
+            patch.object(trce, "cached", cached),
+            clock.timed("states", mace, "shown"),
+            clock.timed("frozen", UNet2DConditionModel, "forward", frozen),
+            clock.timed("attack", advunlearn, "adversary"),
+            clock.timed("backward", torch.Tensor, "backward"),
+            patch.object(tuning, "optimize", optimize),
+        ):
+            stack.enter_context(one)
+        module.fit(model, "dog", config=config, folder=folder, generator=torch.Generator().manual_seed(0))
+        clock.turn()
+
+    steps = [
+        {part: b[part] - a.get(part, 0.0) for part in b if part in ITERATION}
+        for a, b in zip(seen, seen[1:], strict=False)
+    ]
+    one = {part: median(step.get(part, 0.0) for step in steps) for part in ITERATION}
+    once = {part: clock.spent.get(part, 0.0) for part in ONCE}
+    once["states"] += sum(pieces)
+    count = preset.iterations
+    plain = getattr(preset, "warmup", 0)  # AdvUnlearn's first iterations have no attack
+    whole = sum(once.values()) + sum(one.values()) * count - one["attack"] * plain
+    clean = lambda parts: {part: round(seconds, 3) for part, seconds in parts.items() if seconds}
+    return {
+        "iterations": count,
+        "once": clean(once),
+        "iteration": clean(one),
+        "whole": round(whole, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--iterations", type=int, default=8, help="of each method (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=TRAINED, default=list(TRAINED))
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    model = ek.load("emoji")
+    chosen = "" if given.methods == list(TRAINED) else f" --methods {' '.join(given.methods)}"
+    result = {
+        "command": f"python benchmarks/training.py --iterations {given.iterations}{chosen} --out "
+        + given.out.as_posix(),
+        "methods": {},
+        "machine": machine(),
+    }
+    for name in given.methods:
+        result["methods"][name] = measured(model, name, given.iterations)
+        print(name, json.dumps(result["methods"][name]), flush=True)
+        write_atomically(given.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
