@@ -53,13 +53,36 @@ class DiffusionModel:
     source: str | None = None
     _fingerprint: str | None = field(default=None, init=False, repr=False)
     _text_fingerprint: str | None = field(default=None, init=False, repr=False)
+    _text_entries: tuple | None = field(default=None, init=False, repr=False)  # of `text_entries`
     _active: list = field(
         default_factory=list, init=False, repr=False
     )  # (edit, scale) in force, the innermost last
 
     @property
+    def denoiser(self):
+        """The UNet or the transformer that predicts noise or flow; of a compiled one the module that was compiled.
+        ValueError for a pipeline with neither.
+        """
+        for name in ("unet", "transformer"):
+            if (found := getattr(self.pipeline, name, None)) is not None:
+                return uncompiled(found)
+        raise ValueError(
+            f"{type(self.pipeline).__name__} has neither a UNet nor a transformer: load a text-to-image pipeline"
+        )
+
+    @property
+    def denoiser_part(self) -> str:
+        """What the pipeline calls its denoiser: "unet" or "transformer"."""
+        return "unet" if getattr(self.pipeline, "unet", None) is not None else "transformer"
+
+    @property
     def unet(self):
-        """The UNet; of a compiled one the module that was compiled."""
+        """The UNet; of a compiled one the module that was compiled. ValueError where there is none."""
+        if getattr(self.pipeline, "unet", None) is None:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} has no UNet but a {type(self.denoiser).__name__}, which this does not "
+                "know: use what works with model.denoiser"
+            )
         return uncompiled(self.pipeline.unet)
 
     @property
