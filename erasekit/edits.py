@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from erasekit.closed_form import ContextMap
 from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
 from erasekit.models import DiffusionModel
 from erasekit.paths import replacing
+from erasekit.text_entries import TextEntry
 
-Kind = Literal["context_map", "weight_delta", "text_encoder"]
+Kind = Literal["context_map", "text_maps", "weight_delta", "text_encoder"]
 FORMAT = 1
 
 
@@ -31,7 +32,9 @@ class Edit:
     """A change to a model, kept apart from the model.
 
     kind "context_map": tensors `left` and `right`, (d, r) float32, the factors of T = I + left right^T; every
-    cross-attention key and value weight W becomes W T. kind "weight_delta": {parameter name, with the
+    cross-attention key and value weight W becomes W T. kind "text_maps": one such map for each space that text entries
+    read (`text_entries`), tensors `NAME.left` and `NAME.right`; metadata `entries` says {NAME: its weights, and the
+    columns of them that the map acts on}. kind "weight_delta": {parameter name, with the
     pipeline part in front: tensor of the parameter's shape}, added to it; with `left` and `right` beside them the
     map comes first, as in an edit of two stages. kind "text_encoder": the same for
     parameters of the text encoder alone; it may be applied to any model with that text encoder. The tensors are
@@ -66,6 +69,30 @@ class Edit:
         return cls("context_map", tensors, _metadata(model, metadata))
 
     @classmethod
+    def from_text_maps(
+        cls,
+        maps: Mapping[int, ContextMap],
+        entries: Sequence[TextEntry],
+        model: DiffusionModel,
+        **metadata,
+    ) -> "Edit":
+        """maps: {space: map of what its entries read}, rounded as in `from_context_map`; spaces without one stay."""
+        tensors, where = {}, {}
+        for space, context_map in maps.items():
+            own = [entry for entry in entries if entry.space == space]
+            names = [f"{model.denoiser_part}.{entry.layer}" for entry in own]
+            small = context_map.compressed(rtol=1e-7)
+            tensors |= {
+                f"{names[0]}.left": small.left.float().cpu(),
+                f"{names[0]}.right": small.right.float().cpu(),
+            }
+            where[names[0]] = {
+                "weights": [f"{name}.weight" for name in names],
+                "columns": list(own[0].columns),
+            }
+        return cls("text_maps", tensors, _metadata(model, {**metadata, "entries": where}))
+
+    @classmethod
     def from_weight_delta(
         cls,
         delta: Mapping[str, Tensor],
@@ -91,8 +118,18 @@ class Edit:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def maps(self) -> dict[str, ContextMap]:
+        """{NAME: map} of a text_maps edit, in float64; NAME is the first layer that reads the map's space."""
+        if self.kind != "text_maps":
+            raise ValueError(f"a {self.kind} edit has no maps of text entries")
+        pair = lambda name: (self.tensors[f"{name}.{side}"].double() for side in ("left", "right"))
+        return {name: ContextMap(*pair(name)) for name in self.metadata["entries"]}
+
+    @property
     def context_map(self) -> ContextMap:
         """The map T of a context_map edit, or of the first stage of a weight_delta, in float64."""
+        if self.kind == "text_maps":
+            raise ValueError("a text_maps edit has a map for each text entry: see edit.maps")
         if "left" not in self.tensors:
             raise ValueError(f"a {self.kind} edit is not one map of text embeddings")
         return ContextMap(self.tensors["left"].double(), self.tensors["right"].double())
@@ -117,6 +154,10 @@ class Edit:
         extent = []
         if "left" in self.tensors:
             extent.append(f"rank {self.tensors['left'].shape[1]} of {self.tensors['left'].shape[0]}")
+        if self.kind == "text_maps":
+            extent += [
+                f"rank {one.rank} of {one.d} at {name.partition('.')[2]}" for name, one in self.maps.items()
+            ]
         if deltas := len(self._deltas):
             extent.append(f"{deltas} tensors")
         return (
@@ -146,7 +187,7 @@ class Edit:
             for parameter, value in old:
                 parameter.data = value.to(parameter.device, parameter.dtype)
             model._active.pop()
-        check_unfused(model.unet)  # what was fused inside the block keeps the edit
+        check_unfused(model.denoiser)  # what was fused inside the block keeps the edit
 
     def merged(self, model: DiffusionModel, scale: float = 1.0) -> DiffusionModel:
         """A new model with the edit folded into its weights; `model` is left alone."""
@@ -172,6 +213,8 @@ class Edit:
             )
         if self.kind != "context_map" and any("left" in one.tensors for one in (self, other)):
             raise ValueError("edits of two stages do not compose: nest their applied(model) blocks instead")
+        if self.kind == "text_maps":
+            return self._composed_maps(other)
         if self.kind == "context_map":
             both = self.context_map.compose(other.context_map).compressed(rtol=1e-7)
             tensors = {"left": both.left.float(), "right": both.right.float()}
@@ -179,8 +222,19 @@ class Edit:
             tensors = dict(self.tensors)
             for name, tensor in other.tensors.items():
                 tensors[name] = tensors[name] + tensor if name in tensors else tensor
+        return Edit(self.kind, tensors, self._composed_metadata(other))
+
+    def _composed_maps(self, other: "Edit") -> "Edit":
+        tensors = {**self.tensors, **other.tensors}
+        for name in self.maps.keys() & other.maps.keys():
+            both = self.maps[name].compose(other.maps[name]).compressed(rtol=1e-7)
+            tensors |= {f"{name}.left": both.left.float(), f"{name}.right": both.right.float()}
+        entries = {**self.metadata["entries"], **other.metadata["entries"]}
+        return Edit("text_maps", tensors, {**self._composed_metadata(other), "entries": entries})
+
+    def _composed_metadata(self, other: "Edit") -> dict:
         parts = [self.metadata, other.metadata]
-        metadata = {
+        return {
             **self.metadata,
             "method": " + ".join(part.get("method", "unknown") for part in parts),
             "config": [part.get("config") for part in parts],
@@ -189,7 +243,6 @@ class Edit:
                 for key in ("erase", "anchor", "preserve")
             },
         }
-        return Edit(self.kind, tensors, metadata)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -232,6 +285,7 @@ class Edit:
         """
         if not 0 <= error < 1:
             raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")
+        self._refuse_maps("a LoRA")
         model = self._base(model)
         factors, biases = {}, {}
         if "left" in self.tensors:
@@ -289,6 +343,7 @@ class Edit:
         What users of UCE and RECE pass around: `unet.load_state_dict(load_file(path), strict=False)`. Base weights as
         in `to_lora`. ValueError for an edit of other weights.
         """
+        self._refuse_maps("key and value projections")
         model = self._base(model)
         names = {id(layer.weight): name for name, layer in cross_attention_kv(model.unet).items()}
         edited = self._edited(model, 1.0)
@@ -297,8 +352,16 @@ class Edit:
         _write(Path(path), {names[id(p)]: value.cpu() for p, value in edited}, {"format": "pt"})
         return Path(path)
 
+    def _refuse_maps(self, what: str) -> None:
+        if self.kind == "text_maps":
+            raise ValueError(
+                f"a text_maps edit is not exported as {what}: use edit.merged(model).save_pretrained(folder)"
+            )
+
     @property
     def _deltas(self) -> dict[str, Tensor]:
+        if self.kind == "text_maps":
+            return {}
         return {name: tensor for name, tensor in self.tensors.items() if name not in ("left", "right")}
 
     def _base(self, model: DiffusionModel | None) -> DiffusionModel:
@@ -325,7 +388,7 @@ class Edit:
                 )
         elif (found := model.fingerprint()) != self.metadata["base"]:
             advice = f"load the right one ({self.metadata.get('source') or 'a pipeline object'}) or fit again"
-            if torch.bfloat16 in (model.unet.dtype, model.text_encoder.dtype) and model.source is None:
+            if torch.bfloat16 in (model.dtype, model.text_encoder.dtype) and model.source is None:
                 advice = (
                     "a pipeline in bfloat16 has lost digits that the fingerprint is of, so read its folder with "
                     "ek.load(folder, dtype='bfloat16'), or fit again"
@@ -343,6 +406,13 @@ class Edit:
             if (width := next(iter(parameters.values())).shape[1]) != t.d:
                 raise ValueError(f"the edit maps embeddings of width {t.d}, the model's are {width} wide")
             new = {name: t.apply_to_weight(weight.data) for name, weight in parameters.items()}
+        if self.kind == "text_maps":
+            for name, one in self.maps.items():
+                start, stop = self.metadata["entries"][name]["columns"]
+                for weight in self.metadata["entries"][name]["weights"]:
+                    parameters[weight] = _parameter(model, weight)
+                    new[weight] = parameters[weight].data.clone()
+                    new[weight][:, start:stop] = one.scaled(scale).apply_to_weight(new[weight][:, start:stop])
         for name, delta in self._deltas.items():
             w = parameters[name] = _parameter(model, name)
             before = new.get(name, w.data)

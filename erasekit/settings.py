@@ -56,9 +56,14 @@ def asked(
 ) -> tuple:
     """What a `fit` that trains is asked for: the settings, the concepts to erase, and the generator, seed 0 if None.
 
-    ValueError for a model that cannot be edited, or not be trained as it was loaded, for nothing to erase, and for
-    names that are unknown to the world, among those to preserve and the anchor as well.
+    ValueError for a model that cannot be edited, or not be trained as it was loaded, for a denoiser that is no UNet,
+    for nothing to erase, and for names that are unknown to the world, among those to preserve and the anchor as well.
     """
+    if model.denoiser_part != "unet":
+        raise ValueError(
+            f"this method trains the UNet of Stable Diffusion 1 or 2, and {type(model.pipeline).__name__} has a "
+            f"{type(model.denoiser).__name__}: erase by a closed form (uce, rece) instead"
+        )
     config = for_fit(presets, model, config)
     if model.dtype is torch.float16 and model.device.type == "cpu":
         raise ValueError(

@@ -11,15 +11,16 @@ text has another way in, which no edit of these layers would close, and the deno
 """
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from erasekit import pipelines
 from erasekit.models import DiffusionModel
 
 Reads = Literal["embedding", "normed", "pooled"]
@@ -69,7 +70,7 @@ def text_entries(model: DiffusionModel) -> tuple[TextEntry, ...]:
         other_prompt, other_picture = fed(model, PROMPTS[1]), fed(model, PROMPTS[0], seed=1, call=1)
         text = [
             path
-            for path, one in _leaves(base)
+            for path, one in leaves(base)
             if one.is_floating_point()
             and one.unique().numel() > 2  # a mask has two values
             and _differs(one, _at(other_prompt, path))
@@ -93,7 +94,7 @@ def trace(denoiser: nn.Module, base: Call, other_text: Call, other_picture: Call
     picture and another time. ValueError as in `text_entries`.
     """
     name = type(denoiser).__name__
-    text = {path: one for path, one in _leaves(base) if _differs(one, _at(other_text, path))}
+    text = {path: one for path, one in leaves(base) if _differs(one, _at(other_text, path))}
     read, plain = _digests(denoiser, base)
     by_text, changed = _digests(denoiser, other_text)
     by_picture, _ = _digests(denoiser, other_picture)
@@ -206,7 +207,7 @@ def _digests(denoiser: nn.Module, call: Call) -> tuple[dict[str, str], Tensor]:
 def _run(denoiser: nn.Module, call: Call) -> Tensor:
     """The prediction, all of its tensors in one."""
     args, kwargs = call
-    return torch.cat([one.detach().double().flatten() for _, one in _leaves(denoiser(*args, **kwargs))])
+    return torch.cat([one.detach().double().flatten() for _, one in leaves(denoiser(*args, **kwargs))])
 
 
 @contextmanager
@@ -219,7 +220,7 @@ def _hooks(module: nn.Module, names: Iterable[str], hook: Callable) -> Iterator[
         yield
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a call of a pipeline of which enough was seen."""
 
 
@@ -234,47 +235,50 @@ def fed(model: DiffusionModel, prompt: str, *, seed: int = 0, call: int = 0) -> 
     def note(module, args, kwargs):
         calls.append((args, kwargs))
         if len(calls) > call:
-            raise _Enough
+            raise Enough
 
     handle = model.denoiser.register_forward_pre_hook(note, with_kwargs=True)
     try:
         call_pipeline(model, prompt, seed, steps=call + 1)
-    except _Enough:
-        pass
     finally:
         handle.remove()
     return calls[call]
 
 
 def call_pipeline(model: DiffusionModel, prompt: str, seed: int = 0, steps: int = 1) -> None:
-    """The pipeline's own call, for a small picture without guidance."""
-    pipeline = model.pipeline
-    side = max(32, 8 * pipeline.vae_scale_factor)
-    wanted = {
-        "prompt": prompt,
-        "height": side,
-        "width": side,
-        "num_inference_steps": steps,
-        "guidance_scale": 0.0,  # Z-Image guides at 1 already
-        "true_cfg_scale": 0.0,
-        "generator": torch.Generator().manual_seed(seed),
-        "output_type": "latent",
-        "use_resolution_binning": False,
-    }
-    known = inspect.signature(pipeline.__call__).parameters
-    pipeline(**{name: value for name, value in wanted.items() if name in known})
+    """The pipeline's own call, for a small picture without guidance, until a hook raises `Enough`."""
+    side = max(32, 8 * model.pipeline.vae_scale_factor)
+    start = {}
+    if "strength" in pipelines.known(model.pipeline.__call__):  # it draws over a picture, as SDXL's refiner
+        start = {"image": Image.new("RGB", (side, side), "gray"), "strength": 1.0}
+    try:
+        with pipelines.silently():
+            pipelines.run(
+                model.pipeline,
+                prompt=prompt,
+                height=side,
+                width=side,
+                num_inference_steps=steps,
+                guidance_scale=0.0,  # Z-Image guides at 1 already
+                true_cfg_scale=0.0,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+                **start,
+            )
+    except Enough:
+        pass
 
 
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """Every tensor in nested tuples, lists and dictionaries, with its path."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, one in value.items():
-            yield from _leaves(one, (*path, key))
+            yield from leaves(one, (*path, key))
     elif isinstance(value, (tuple, list)):
         for index, one in enumerate(value):
-            yield from _leaves(one, (*path, index))
+            yield from leaves(one, (*path, index))
 
 
 def _at(value: Any, path: Path) -> Any:

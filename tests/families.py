@@ -60,7 +60,8 @@ def gemma_tokenizer() -> transformers.GemmaTokenizer:
 
 def t5(width: int, tokenizer, cls=transformers.T5EncoderModel, config=transformers.T5Config):
     return cls(config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu",
     ))  # fmt: skip
 
 
@@ -78,10 +79,10 @@ def qwen3(width: int, tokenizer, layers: int, cls=transformers.Qwen3Model):
     ))  # fmt: skip
 
 
-def vae(latents: int = 4, **changes) -> diffusers.AutoencoderKL:
+def vae(levels: int = 2, **changes) -> diffusers.AutoencoderKL:
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=latents, norm_num_groups=4, sample_size=16, **changes,
+        block_out_channels=(8,) * (levels - 1) + (16,), down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=4, norm_num_groups=4, sample_size=16, **changes,
     )  # fmt: skip
 
 
@@ -196,7 +197,7 @@ def lumina2() -> diffusers.Lumina2Pipeline:
             num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 2, 2), axes_lens=(300, 16, 16), cap_feat_dim=24,
         ),
         scheduler=flow(),
-        vae=vae(),
+        vae=vae(levels=4, shift_factor=0.1),  # its pipeline takes 8 pixels to a latent for granted
         text_encoder=gemma(24, tokenizer),
         tokenizer=tokenizer,
     )  # fmt: skip
@@ -239,7 +240,8 @@ def qwen() -> diffusers.QwenImagePipeline:
     config = transformers.Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4},
+            num_key_value_heads=1,
+            rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4},
         ),
         vision_config=dict(
             depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=24, fullatt_block_indexes=[0]
@@ -261,17 +263,26 @@ def qwen() -> diffusers.QwenImagePipeline:
 
 
 FAMILIES = {
-    make.__name__: make
-    for make in (sd3, flux, flux2, chroma, auraflow, qwen, pixart, sana, lumina2, zimage)
+    make.__name__: make for make in (sd3, flux, flux2, chroma, auraflow, qwen, pixart, sana, lumina2, zimage)
 }
+
+TEXT_LAYERS = (
+    "context_embedder",
+    "txt_in",
+    "caption_projection.linear_1",
+    "caption_embedder.1",
+    "cap_embedder.1",
+)
 
 
 def tiny(name: str, seed: int = 0):
     """A pipeline of the family, with random weights that make the text move the picture."""
+    strength = {"auraflow": 60, "sana": 30, "qwen": 30}.get(name, 6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = FAMILIES[name]()
-        for parameter in pipeline.transformer.parameters():  # some layers begin with zeros
+        for name, parameter in pipeline.transformer.named_parameters():  # some layers begin with zeros
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+                strong = name.removesuffix(".weight").endswith(TEXT_LAYERS)
+                nn.init.normal_(parameter, std=(strength if strong else 1) * parameter[0].numel() ** -0.5)
     return pipeline
