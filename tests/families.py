@@ -276,13 +276,29 @@ TEXT_LAYERS = (
 
 
 def tiny(name: str, seed: int = 0):
-    """A pipeline of the family, with random weights that make the text move the picture."""
-    strength = {"auraflow": 60, "sana": 30, "qwen": 30}.get(name, 6)
+    """A pipeline of the family, with random weights that make words differ and the text move the picture."""
+    sharp = {"auraflow": 2.5, "sana": 2.0, "qwen": 2.0, "lumina2": 2.0}.get(name, 1.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = FAMILIES[name]()
-        for name, parameter in pipeline.transformer.named_parameters():  # some layers begin with zeros
+        for part, parameter in pipeline.transformer.named_parameters():  # some layers begin with zeros
             if parameter.ndim > 1:
-                strong = name.removesuffix(".weight").endswith(TEXT_LAYERS)
-                nn.init.normal_(parameter, std=(strength if strong else 1) * parameter[0].numel() ** -0.5)
+                strong = part.removesuffix(".weight").endswith(TEXT_LAYERS)
+                spread(parameter, 6 if strong else sharp)
+        if isinstance(pipeline.text_encoder, LANGUAGE):
+            for parameter in pipeline.text_encoder.parameters():
+                if parameter.ndim > 1:
+                    spread(parameter, 1.5)
     return pipeline
+
+
+LANGUAGE = (
+    transformers.Gemma2Model,
+    transformers.Qwen3Model,
+    transformers.Qwen3ForCausalLM,
+    transformers.Qwen2_5_VLForConditionalGeneration,
+)
+
+
+def spread(weight: torch.Tensor, gain: float) -> None:
+    nn.init.normal_(weight, std=gain * weight[0].numel() ** -0.5)
