@@ -30,10 +30,11 @@ def run(pipeline: DiffusionPipeline, **wanted):
 
 
 def guided(pipeline: DiffusionPipeline, denoiser, guidance: float | None, negative: str | None) -> dict:
-    """Arguments for guidance and a negative prompt. None leaves what the pipeline does by itself.
+    """Arguments for guidance and a negative prompt. guidance None: the pipeline's own.
 
     A model that was trained with its guidance as an input (FLUX.1-dev) takes it as that; one that was not, and whose
-    pipeline can guide in the classic way (`true_cfg_scale`), is guided so, away from " " if nothing else is given.
+    pipeline can guide in the classic way (`true_cfg_scale`), is guided so, away from " " if nothing else is given (by
+    itself Qwen-Image's pipeline does not guide at all without a negative prompt).
     ValueError where a pipeline would ignore what is asked.
     """
     names, name = known(pipeline.__call__), type(pipeline).__name__
@@ -51,7 +52,7 @@ def guided(pipeline: DiffusionPipeline, denoiser, guidance: float | None, negati
         scale = names["true_cfg_scale"].default if guidance is None else guidance
         if negative is not None and not scale > 1:
             raise ValueError(f"a negative prompt needs guidance above 1 here, got {scale}: give `guidance`")
-        away = negative if guidance is None or not scale > 1 else negative or " "
+        away = (negative or " ") if scale > 1 else None
         given = {"true_cfg_scale": guidance, "negative_prompt": away}
     return {key: value for key, value in given.items() if value is not None}
 

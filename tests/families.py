@@ -273,17 +273,18 @@ TEXT_LAYERS = (
     "caption_embedder.1",
     "cap_embedder.1",
 )
+LOUD = {"qwen": ("proj_out",)}
 
 
 def tiny(name: str, seed: int = 0):
     """A pipeline of the family, with random weights that make words differ and the text move the picture."""
-    sharp = {"auraflow": 2.5, "sana": 2.0, "qwen": 2.0, "lumina2": 2.0}.get(name, 1.0)
+    sharp = {"auraflow": 2.5, "sana": 2.0, "qwen": 3.0, "lumina2": 2.0}.get(name, 1.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = FAMILIES[name]()
         for part, parameter in pipeline.transformer.named_parameters():  # some layers begin with zeros
             if parameter.ndim > 1:
-                strong = part.removesuffix(".weight").endswith(TEXT_LAYERS)
+                strong = part.removesuffix(".weight").endswith((*TEXT_LAYERS, *LOUD.get(name, ())))
                 spread(parameter, 6 if strong else sharp)
         if isinstance(pipeline.text_encoder, LANGUAGE):
             for parameter in pipeline.text_encoder.parameters():
