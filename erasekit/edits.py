@@ -281,18 +281,28 @@ class Edit:
         of at most `error` (Frobenius norm) is left out, by default what single precision does not hold. Changed biases
         go along as `lora_B.bias` (diffusers 0.30 does not read it, 0.35 does). Needs the base weights: `model`, or a
         model in memory with the same fingerprint, or the edit's source, loaded again. Raises ValueError when none is
-        at hand, and for a delta of something other than a UNet Linear.
+        at hand, for a delta of something other than a UNet Linear, and for a pipeline that reads no LoRA (PixArt).
         """
         if not 0 <= error < 1:
             raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")
-        self._refuse_maps("a LoRA")
         model = self._base(model)
+        if not hasattr(model.pipeline, "load_lora_weights"):
+            raise ValueError(
+                f"{type(model.pipeline).__name__} reads no LoRA: use `merged` and save the model"
+            )
         factors, biases = {}, {}
         if "left" in self.tensors:
             t = self.context_map
             for name, layer in cross_attention_kv(model.unet).items():
                 left, right = layer.weight.double() @ t.left.to(layer.weight.device), t.right.T
                 factors[f"unet.{name.removesuffix('.weight')}"] = left, right
+        for name, one in self.maps.items() if self.kind == "text_maps" else ():
+            start, stop = self.metadata["entries"][name]["columns"]
+            for weight in self.metadata["entries"][name]["weights"]:
+                w = _parameter(model, weight).detach()
+                left = w[:, start:stop].double() @ one.left.to(w.device)
+                right = nn.functional.pad(one.right.T, (start, w.shape[1] - stop))
+                factors[weight.removesuffix(".weight")] = left, right
         for name, delta in self._deltas.items():
             stem, _, kind = name.rpartition(".")
             part, *path = stem.split(".")
@@ -313,7 +323,7 @@ class Edit:
         rank = max([1, *(a.shape[0] for _, a in factors.values())])
         tensors = {}
         for stem in {**factors, **biases}:
-            owner = model.unet.get_submodule(stem.removeprefix("unet."))
+            owner = model.denoiser.get_submodule(stem.partition(".")[2])
             none = (torch.zeros(owner.out_features, 0), torch.zeros(0, owner.in_features))
             b, a = factors.get(stem, none)
             pad = rank - a.shape[0]
@@ -343,7 +353,11 @@ class Edit:
         What users of UCE and RECE pass around: `unet.load_state_dict(load_file(path), strict=False)`. Base weights as
         in `to_lora`. ValueError for an edit of other weights.
         """
-        self._refuse_maps("key and value projections")
+        if self.kind == "text_maps":
+            raise ValueError(
+                "a text_maps edit changes more than key and value projections: use edit.merged(model).save_pretrained"
+                "(folder), or to_lora"
+            )
         model = self._base(model)
         names = {id(layer.weight): name for name, layer in cross_attention_kv(model.unet).items()}
         edited = self._edited(model, 1.0)
@@ -351,12 +365,6 @@ class Edit:
             raise ValueError(f"this {self.kind} edit changes more than key and value projections: use merged")
         _write(Path(path), {names[id(p)]: value.cpu() for p, value in edited}, {"format": "pt"})
         return Path(path)
-
-    def _refuse_maps(self, what: str) -> None:
-        if self.kind == "text_maps":
-            raise ValueError(
-                f"a text_maps edit is not exported as {what}: use edit.merged(model).save_pretrained(folder)"
-            )
 
     @property
     def _deltas(self) -> dict[str, Tensor]:

@@ -217,7 +217,11 @@ def test_training_knows_v_prediction_and_says_no_to_two_text_encoders(model, nam
 # Every family that its own pipeline draws. Small pictures: width 24 and few steps are enough to see a difference.
 
 
-@pytest.fixture(scope="module", params=["sdxl", *FAMILIES])
+LONG = ("flux2", "sana")  # deep text encoder; a page of instructions in front of every prompt
+EVERY = [pytest.param(one, marks=pytest.mark.slow if one in LONG else ()) for one in ("sdxl", *FAMILIES)]
+
+
+@pytest.fixture(scope="module", params=EVERY)
 def family(request, tmp_path_factory) -> ek.DiffusionModel:
     """A model read from a folder; a test leaves it as it was."""
     return read(request.param, tmp_path_factory.mktemp(request.param))
@@ -393,6 +397,22 @@ def test_an_edit_of_a_family_is_kept_merged_and_composed(family, tmp_path):
         edit.to_projections(tmp_path / "kv.safetensors", model=family)
     with pytest.raises(ValueError, match="see edit.maps"):
         edit.context_map  # noqa: B018
+
+
+def test_lora_of_a_family_in_its_stock_pipeline(family, tmp_path):
+    edit = ek.uce.fit(family, "church", ["house"], anchor="dog", config=CONFIG)
+    if not hasattr(family.pipeline, "load_lora_weights"):
+        with pytest.raises(ValueError, match="PixArtSigmaPipeline reads no LoRA"):
+            edit.to_lora(tmp_path, model=family)
+        return
+    edit.to_lora(tmp_path, model=family)
+    before = drawn(family, "church")
+    with edit.applied(family):
+        edited = drawn(family, "church")
+    copy = family.copy()
+    copy.pipeline.load_lora_weights(tmp_path)
+    assert np.abs(drawn(copy, "church") - edited).max() <= 2
+    assert np.abs(before - edited).max() > 2  # control: the edit shows
 
 
 def test_rows_are_those_of_the_last_token_of_the_phrase(family):

@@ -7,8 +7,9 @@ from erasekit.paths import ROOT
 
 # What methods and attacks stand on; none of these files knows a paper, a measurement or a world.
 BELOW = (
-    "closed_form concepts edits layers paths retained sampling settings states tokens training tuning".split()
-)
+    "closed_form concepts edits layers paths pipelines prompt_rows retained sampling settings states text_entries "
+    "tokens training tuning"
+).split()
 BUILDS_ON = {"rece": {"uce"}, "realera": {"mace"}}  # papers that build on another one
 
 
