@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from erasekit.closed_form import ContextMap
 from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
 from erasekit.models import DiffusionModel
 from erasekit.paths import replacing
+from erasekit.text_entries import TextEntry
 
-Kind = Literal["context_map", "weight_delta", "text_encoder"]
+Kind = Literal["context_map", "text_maps", "weight_delta", "text_encoder"]
 FORMAT = 1
 
 
@@ -30,7 +31,9 @@ class Edit:
     """A change to a model, kept apart from the model.
 
     kind "context_map": tensors `left` and `right`, (d, r) float32, the factors of T = I + left right^T; every
-    cross-attention key and value weight W becomes W T. kind "weight_delta": {parameter name, with the
+    cross-attention key and value weight W becomes W T. kind "text_maps": one such map for each space that text entries
+    read (`text_entries`), tensors `NAME.left` and `NAME.right`; metadata `entries` says {NAME: its weights, and the
+    columns of them that the map acts on}. kind "weight_delta": {parameter name, with the
     pipeline part in front: tensor of the parameter's shape}, added to it; with `left` and `right` beside them the
     map comes first, as in an edit of two stages. kind "text_encoder": the same for
     parameters of the text encoder alone; it may be applied to any model with that text encoder. The tensors are
@@ -65,6 +68,30 @@ class Edit:
         return cls("context_map", tensors, _metadata(model, metadata))
 
     @classmethod
+    def from_text_maps(
+        cls,
+        maps: Mapping[int, ContextMap],
+        entries: Sequence[TextEntry],
+        model: DiffusionModel,
+        **metadata,
+    ) -> "Edit":
+        """maps: {space: map of what its entries read}, rounded as in `from_context_map`; spaces without one stay."""
+        tensors, where = {}, {}
+        for space, context_map in maps.items():
+            own = [entry for entry in entries if entry.space == space]
+            names = [f"{model.denoiser_part}.{entry.layer}" for entry in own]
+            small = context_map.compressed(rtol=1e-7)
+            tensors |= {
+                f"{names[0]}.left": small.left.float().cpu(),
+                f"{names[0]}.right": small.right.float().cpu(),
+            }
+            where[names[0]] = {
+                "weights": [f"{name}.weight" for name in names],
+                "columns": list(own[0].columns),
+            }
+        return cls("text_maps", tensors, _metadata(model, {**metadata, "entries": where}))
+
+    @classmethod
     def from_weight_delta(
         cls,
         delta: Mapping[str, Tensor],
@@ -90,8 +117,18 @@ class Edit:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def maps(self) -> dict[str, ContextMap]:
+        """{NAME: map} of a text_maps edit, in float64; NAME is the first layer that reads the map's space."""
+        if self.kind != "text_maps":
+            raise ValueError(f"a {self.kind} edit has no maps of text entries")
+        pair = lambda name: (self.tensors[f"{name}.{side}"].double() for side in ("left", "right"))
+        return {name: ContextMap(*pair(name)) for name in self.metadata["entries"]}
+
+    @property
     def context_map(self) -> ContextMap:
         """The map T of a context_map edit, or of the first stage of a weight_delta, in float64."""
+        if self.kind == "text_maps":
+            raise ValueError("a text_maps edit has a map for each text entry: see edit.maps")
         if "left" not in self.tensors:
             raise ValueError(f"a {self.kind} edit is not one map of text embeddings")
         return ContextMap(self.tensors["left"].double(), self.tensors["right"].double())
@@ -116,6 +153,10 @@ class Edit:
         extent = []
         if "left" in self.tensors:
             extent.append(f"rank {self.tensors['left'].shape[1]} of {self.tensors['left'].shape[0]}")
+        if self.kind == "text_maps":
+            extent += [
+                f"rank {one.rank} of {one.d} at {name.partition('.')[2]}" for name, one in self.maps.items()
+            ]
         if deltas := len(self._deltas):
             extent.append(f"{deltas} tensors")
         return (
@@ -145,7 +186,7 @@ class Edit:
             for parameter, value in old:
                 parameter.data = value.to(parameter.device, parameter.dtype)
             model._active.pop()
-        check_unfused(model.unet)  # what was fused inside the block keeps the edit
+        check_unfused(model.denoiser)  # what was fused inside the block keeps the edit
 
     def merged(self, model: DiffusionModel, scale: float = 1.0) -> DiffusionModel:
         """A new model with the edit folded into its weights; `model` is left alone."""
@@ -171,6 +212,8 @@ class Edit:
             )
         if self.kind != "context_map" and any("left" in one.tensors for one in (self, other)):
             raise ValueError("edits of two stages do not compose: nest their applied(model) blocks instead")
+        if self.kind == "text_maps":
+            return self._composed_maps(other)
         if self.kind == "context_map":
             both = self.context_map.compose(other.context_map).compressed(rtol=1e-7)
             tensors = {"left": both.left.float(), "right": both.right.float()}
@@ -178,8 +221,19 @@ class Edit:
             tensors = dict(self.tensors)
             for name, tensor in other.tensors.items():
                 tensors[name] = tensors[name] + tensor if name in tensors else tensor
+        return Edit(self.kind, tensors, self._composed_metadata(other))
+
+    def _composed_maps(self, other: "Edit") -> "Edit":
+        tensors = {**self.tensors, **other.tensors}
+        for name in self.maps.keys() & other.maps.keys():
+            both = self.maps[name].compose(other.maps[name]).compressed(rtol=1e-7)
+            tensors |= {f"{name}.left": both.left.float(), f"{name}.right": both.right.float()}
+        entries = {**self.metadata["entries"], **other.metadata["entries"]}
+        return Edit("text_maps", tensors, {**self._composed_metadata(other), "entries": entries})
+
+    def _composed_metadata(self, other: "Edit") -> dict:
         parts = [self.metadata, other.metadata]
-        metadata = {
+        return {
             **self.metadata,
             "method": " + ".join(part.get("method", "unknown") for part in parts),
             "config": [part.get("config") for part in parts],
@@ -188,7 +242,6 @@ class Edit:
                 for key in ("erase", "anchor", "preserve")
             },
         }
-        return Edit(self.kind, tensors, metadata)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -227,17 +280,28 @@ class Edit:
         of at most `error` (Frobenius norm) is left out, by default what single precision does not hold. Changed biases
         go along as `lora_B.bias` (diffusers 0.30 does not read it, 0.35 does). Needs the base weights: `model`, or a
         model in memory with the same fingerprint, or the edit's source, loaded again. Raises ValueError when none is
-        at hand, and for a delta of something other than a UNet Linear.
+        at hand, for a delta of something other than a UNet Linear, and for a pipeline that reads no LoRA (PixArt).
         """
         if not 0 <= error < 1:
             raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")
         model = self._base(model)
+        if not hasattr(model.pipeline, "load_lora_weights"):
+            raise ValueError(
+                f"{type(model.pipeline).__name__} reads no LoRA: use `merged` and save the model"
+            )
         factors, biases = {}, {}
         if "left" in self.tensors:
             t = self.context_map
             for name, layer in cross_attention_kv(model.unet).items():
                 left, right = layer.weight.double() @ t.left.to(layer.weight.device), t.right.T
                 factors[f"unet.{name.removesuffix('.weight')}"] = left, right
+        for name, one in self.maps.items() if self.kind == "text_maps" else ():
+            start, stop = self.metadata["entries"][name]["columns"]
+            for weight in self.metadata["entries"][name]["weights"]:
+                w = _parameter(model, weight).detach()
+                left = w[:, start:stop].double() @ one.left.to(w.device)
+                right = nn.functional.pad(one.right.T, (start, w.shape[1] - stop))
+                factors[weight.removesuffix(".weight")] = left, right
         for name, delta in self._deltas.items():
             stem, _, kind = name.rpartition(".")
             part, *path = stem.split(".")
@@ -258,7 +322,7 @@ class Edit:
         rank = max([1, *(a.shape[0] for _, a in factors.values())])
         tensors = {}
         for stem in {**factors, **biases}:
-            owner = model.unet.get_submodule(stem.removeprefix("unet."))
+            owner = model.denoiser.get_submodule(stem.partition(".")[2])
             none = (torch.zeros(owner.out_features, 0), torch.zeros(0, owner.in_features))
             b, a = factors.get(stem, none)
             pad = rank - a.shape[0]
@@ -288,6 +352,11 @@ class Edit:
         What users of UCE and RECE pass around: `unet.load_state_dict(load_file(path), strict=False)`. Base weights as
         in `to_lora`. ValueError for an edit of other weights.
         """
+        if self.kind == "text_maps":
+            raise ValueError(
+                "a text_maps edit changes more than key and value projections: use edit.merged(model).save_pretrained"
+                "(folder), or to_lora"
+            )
         model = self._base(model)
         names = {id(layer.weight): name for name, layer in cross_attention_kv(model.unet).items()}
         edited = self._edited(model, 1.0)
@@ -298,6 +367,8 @@ class Edit:
 
     @property
     def _deltas(self) -> dict[str, Tensor]:
+        if self.kind == "text_maps":
+            return {}
         return {name: tensor for name, tensor in self.tensors.items() if name not in ("left", "right")}
 
     def _base(self, model: DiffusionModel | None) -> DiffusionModel:
@@ -324,7 +395,7 @@ class Edit:
                 )
         elif (found := model.fingerprint()) != self.metadata["base"]:
             advice = f"load the right one ({self.metadata.get('source') or 'a pipeline object'}) or fit again"
-            if torch.bfloat16 in (model.unet.dtype, model.text_encoder.dtype) and model.source is None:
+            if torch.bfloat16 in (model.dtype, model.text_encoder.dtype) and model.source is None:
                 advice = (
                     "a pipeline in bfloat16 has lost digits that the fingerprint is of, so read its folder with "
                     "ek.load(folder, dtype='bfloat16'), or fit again"
@@ -342,6 +413,13 @@ class Edit:
             if (width := next(iter(parameters.values())).shape[1]) != t.d:
                 raise ValueError(f"the edit maps embeddings of width {t.d}, the model's are {width} wide")
             new = {name: t.apply_to_weight(weight.data) for name, weight in parameters.items()}
+        if self.kind == "text_maps":
+            for name, one in self.maps.items():
+                start, stop = self.metadata["entries"][name]["columns"]
+                for weight in self.metadata["entries"][name]["weights"]:
+                    parameters[weight] = _parameter(model, weight)
+                    new[weight] = parameters[weight].data.clone()
+                    new[weight][:, start:stop] = one.scaled(scale).apply_to_weight(new[weight][:, start:stop])
         for name, delta in self._deltas.items():
             w = parameters[name] = _parameter(model, name)
             before = new.get(name, w.data)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -24,14 +26,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from erasekit import worlds
+from erasekit import pipelines, worlds
 from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.layers import check_editable, text_projected_once, uncompiled
 from erasekit.paths import replacing, write_atomically
 from erasekit.sampling import denoise
 
 FIXED_BATCH = 4  # see DiffusionModel.fixed_batch
-PARTS = ("text_encoder", "text_encoder_2", "unet")  # what edits may change, and `fingerprint` is of
+# What edits may change, and `fingerprint` is of
+PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", "unet", "transformer")
 NOTE = "erasekit.json"  # beside model_index.json: which world a saved model belongs to
 
 # fingerprint -> a model in memory, so that an edit loaded from a file can find its base
@@ -51,13 +54,36 @@ class DiffusionModel:
     source: str | None = None
     _fingerprint: str | None = field(default=None, init=False, repr=False)
     _text_fingerprint: str | None = field(default=None, init=False, repr=False)
+    _text_entries: tuple | None = field(default=None, init=False, repr=False)  # of `text_entries`
     _active: list = field(
         default_factory=list, init=False, repr=False
     )  # (edit, scale) in force, the innermost last
 
     @property
+    def denoiser(self):
+        """The UNet or the transformer that predicts noise or flow; of a compiled one the module that was compiled.
+        ValueError for a pipeline with neither.
+        """
+        for name in ("unet", "transformer"):
+            if (found := getattr(self.pipeline, name, None)) is not None:
+                return uncompiled(found)
+        raise ValueError(
+            f"{type(self.pipeline).__name__} has neither a UNet nor a transformer: load a text-to-image pipeline"
+        )
+
+    @property
+    def denoiser_part(self) -> str:
+        """What the pipeline calls its denoiser: "unet" or "transformer"."""
+        return "unet" if getattr(self.pipeline, "unet", None) is not None else "transformer"
+
+    @property
     def unet(self):
-        """The UNet; of a compiled one the module that was compiled."""
+        """The UNet; of a compiled one the module that was compiled. ValueError where there is none."""
+        if getattr(self.pipeline, "unet", None) is None:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} has no UNet but a {type(self.denoiser).__name__}, which this does not "
+                "know: use what works with model.denoiser"
+            )
         return uncompiled(self.pipeline.unet)
 
     @property
@@ -81,11 +107,16 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.denoiser.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        return self.denoiser.dtype
+
+    @property
+    def own_loop(self) -> bool:
+        """Whether pictures are drawn by `sampling.walk`, as of Stable Diffusion 1 and 2, or by the pipeline's call."""
+        return self.denoiser_part == "unet" and getattr(self.pipeline, "text_encoder_2", None) is None
 
     @property
     def fixed_batch(self) -> int | None:
@@ -107,7 +138,7 @@ class DiffusionModel:
 
     @property
     def _small(self) -> bool:
-        return max(self.latent_size) <= 16
+        return self.denoiser_part == "unet" and max(self.latent_size) <= 16
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -154,12 +185,15 @@ class DiffusionModel:
 
         With two text encoders, as in SDXL, what cross-attention reads there: the hidden states before the last
         layer of both, side by side. `encode("")` is the unconditional embedding (the SDXL pipeline may take zeros
-        instead). length: only the first so many rows, which do not depend on those that follow (the encoder is causal).
-        Raises ValueError for a prompt over the token limit.
+        instead). Where the denoiser is a transformer, the embeddings that the pipeline's `encode_prompt` gives (see
+        `pipelines.embeddings`). length: only the first so many rows, which do not depend on those that follow (CLIP's
+        encoder is causal). Raises ValueError for a prompt over the token limit.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("there is no prompt to encode: give at least one")
+        if self.denoiser_part == "transformer":
+            return pipelines.embeddings(self.pipeline, prompts, self.device).to(self.dtype)
         parts = [(self.tokenizer, self.text_encoder, lambda out: out[0])]
         if (second := uncompiled(getattr(self.pipeline, "text_encoder_2", None))) is not None:
             before_last = lambda out: out.hidden_states[-2]
@@ -186,7 +220,7 @@ class DiffusionModel:
         prompts: str | Sequence[str],
         seeds: Sequence[int] = (0,),
         steps: int = 25,
-        guidance: float = 3.0,
+        guidance: float | None = None,
         negative: str | None = None,
         batch_size: int | None = None,
         callback: Callable[[dict], None] | None = None,
@@ -205,19 +239,39 @@ class DiffusionModel:
         place of batch_size); otherwise another batch size rounds differently, which can move a pixel by one
         of 256 levels.
 
-        batch_size: the model's own when None. negative: what guidance steers away from, the empty prompt by
-        default. height, width: in pixels, the model's own size by default. callback: see `sampling.walk`; the dict
-        also has `first`, the index of the first picture of the batch. Raises ValueError for an empty or over-long
-        prompt, for lengths that do not match and for a size that the model cannot draw.
+        batch_size: the model's own when None. guidance: 3 when None. negative: what guidance steers away from, the
+        empty prompt by default. height, width: in pixels, the model's own size by default. callback: see
+        `sampling.walk`; the dict also has `first`, the index of the first picture of the batch. Raises ValueError for
+        an empty or over-long prompt, for lengths that do not match and for a size that the model cannot draw.
+
+        SDXL and every family with a transformer are drawn by their pipeline (`pipelines.pictures`), one picture at a
+        time unless batch_size says more, with its own guidance when None (`pipelines.guided`); prompts that its text
+        encoders cut off are said in its log.
         """
-        if getattr(self.pipeline, "text_encoder_2", None) is not None:
-            raise ValueError("generate knows one text encoder; for SDXL use model.pipeline")
         prompts, seeds = self._pairs(prompts, seeds)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-        batch_size = self.batch_size if batch_size is None else batch_size
+        batch_size = (self.batch_size if self.own_loop else 1) if batch_size is None else batch_size
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        if not self.own_loop:
+            with tqdm(total=len(prompts), disable=not progress, unit="picture") as bar:
+                drawn = []
+                for first in range(0, len(prompts), batch_size):
+                    part = slice(first, first + batch_size)
+                    drawn += pipelines.pictures(
+                        self.pipeline,
+                        prompts[part],
+                        seeds[part],
+                        first=first,
+                        callback=callback,
+                        height=height,
+                        width=width,
+                        num_inference_steps=steps,
+                        **pipelines.guided(self.pipeline, self.denoiser, guidance, negative),
+                    )
+                    bar.update(len(prompts[part]))
+            return drawn
 
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: i for i, prompt in enumerate(distinct)}
@@ -226,7 +280,7 @@ class DiffusionModel:
             embeddings,
             seeds,
             steps=steps,
-            guidance=guidance,
+            guidance=3.0 if guidance is None else guidance,
             uncond=self.encode(negative or "")[0],
             batch_size=batch_size,
             callback=callback,
@@ -252,8 +306,14 @@ class DiffusionModel:
     ) -> list[Image]:
         """One picture per text embedding (n, length, d) and seed (n); what `generate` does after encoding.
 
-        Attacks in embedding space start here. uncond: (length, d), that of the empty prompt when None.
+        Attacks in embedding space start here. uncond: (length, d), that of the empty prompt when None. ValueError for a
+        family that its own pipeline draws.
         """
+        if not self.own_loop:
+            raise ValueError(
+                "pictures of embeddings are drawn here for Stable Diffusion 1 and 2: with those of "
+                f"{type(self.pipeline).__name__} call model.pipeline"
+            )
         if embeddings.ndim != 3 or len(embeddings) != len(seeds):
             raise ValueError(
                 f"expected embeddings (n, length, d) and n seeds, got {tuple(embeddings.shape)} and {len(seeds)}"
@@ -318,8 +378,8 @@ class DiffusionModel:
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the UNet and text encoder weights as float16, of the model without any edit in force and without
-        the tokens that textual inversions added.
+        """SHA-256 of the denoiser and text encoder weights as float16, of the model without any edit in force and
+        without the tokens that textual inversions added.
 
         Rounding to float16 makes it the same for a model loaded in single and in half precision. Of one that `load`
         reads in bfloat16, which is coarser, it is that of the files. Computed once: weights that are changed by other
@@ -428,9 +488,9 @@ class DiffusionModel:
 def copied(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """A deep copy that shares the tokenizers: they do not change, and their decoder does not survive a deep copy."""
     result = copy.deepcopy(pipeline)
-    for name in ("tokenizer", "tokenizer_2"):
-        if getattr(pipeline, name, None) is not None:
-            setattr(result, name, getattr(pipeline, name))
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            setattr(result, name, part)
     return result
 
 
@@ -476,8 +536,9 @@ def load(
     """A DiffusionModel from a world's name ("emoji"), a diffusers folder, a hub id, or a pipeline object (not copied).
 
     device "auto": the GPU where there is one (under `accelerate launch` or torchrun this process's own), else the
-    CPU; a pipeline object stays where it is. dtype "auto": float16 on a GPU, float32 on the CPU and for the emoji
-    model, which gains nothing from less; a pipeline object keeps its own. A folder whose weights are all of the variant
+    CPU; a pipeline object stays where it is. dtype "auto": on a GPU float16, or bfloat16 where the denoiser is a
+    transformer; float32 on the CPU and for the emoji model, which gains nothing from less; a pipeline object keeps its
+    own. A folder whose weights are all of the variant
     fp16 is read as it is. Raises FileNotFoundError for a missing and ValueError for a damaged model, for a single file,
     and for a folder that was saved with a LoRA in the UNet.
     """
@@ -496,7 +557,7 @@ def load(
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             half = torch.device(device).type == "cuda" and source not in worlds.WORLDS
-            dtype = torch.float16 if half else torch.float32
+            dtype = _half_of(str(source)) if half else torch.float32
         name = str(source)
         # bfloat16 keeps fewer digits than the fingerprint is of, which is taken before they are lost
         pipeline, preset = _read(name, torch.float32 if dtype is torch.bfloat16 else dtype)
@@ -543,8 +604,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
             pipeline = DiffusionPipeline.from_pretrained(
                 folder if local else source,
                 dtype=dtype,
-                safety_checker=None,
-                requires_safety_checker=False,
+                **_no_checker(folder if local else source, local),
                 local_files_only=local,
                 variant="fp16" if local and _half_alone(folder) else None,
             )
@@ -571,9 +631,27 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
     return pipeline, source if closed else preset
 
 
+def _no_checker(source: str | Path, local: bool) -> dict:
+    """What leaves the safety checker out, for a pipeline that can have one; others would log that they do not know."""
+    name = DiffusionPipeline.load_config(source, local_files_only=local).get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if kind is not None and "safety_checker" not in inspect.signature(kind.__init__).parameters:
+        return {}
+    return {"safety_checker": None, "requires_safety_checker": False}
+
+
+def _half_of(source: str) -> torch.dtype:
+    """float16 of a UNet; bfloat16, in which they were trained, of a transformer."""
+    try:
+        parts = DiffusionPipeline.load_config(source, local_files_only=Path(source).exists())
+    except (OSError, ValueError):
+        return torch.float16  # reading the pipeline will say what is wrong
+    return torch.bfloat16 if "transformer" in parts else torch.float16
+
+
 def _half_alone(folder: Path) -> bool:
-    """Whether a folder's UNet is there in the variant fp16 only."""
-    files = list((folder / "unet").glob("*.safetensors"))
+    """Whether a folder's denoiser is there in the variant fp16 only."""
+    files = [file for part in ("unet", "transformer") for file in (folder / part).glob("*.safetensors")]
     return bool(files) and all(".fp16" in file.suffixes for file in files)
 
 

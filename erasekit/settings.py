@@ -53,9 +53,14 @@ def asked(
     """What a `fit` is asked for: settings, concepts to erase, concepts to preserve, and the generator, seed 0 if None.
 
     config None: the preset of the model's world, or "sd14-object". ValueError for a model that cannot be edited, or, of
-    a `fit` that trains, not be trained as it was loaded, for nothing to erase, and for names that are unknown to the
-    world, the anchor's as well.
+    a `fit` that trains, not be trained as it was loaded or without a UNet, for nothing to erase, and for names that are
+    unknown to the world, the anchor's as well.
     """
+    if trains and model.denoiser_part != "unet":
+        raise ValueError(
+            f"this method trains the UNet of Stable Diffusion 1 or 2, and {type(model.pipeline).__name__} has a "
+            f"{type(model.denoiser).__name__}: erase by a closed form (uce, rece) instead"
+        )
     model.check_fit()
     config = chosen(presets, model, config, "sd14-object")
     if trains and model.dtype is torch.float16 and model.device.type == "cpu":

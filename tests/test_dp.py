@@ -119,6 +119,12 @@ def test_bad_input(model, erase, preserve, said):
         ek.dp.fit(model, erase, preserve)
 
 
+def test_another_family_is_refused(shared_model, monkeypatch):
+    monkeypatch.setattr(type(shared_model), "own_loop", False)
+    with pytest.raises(ValueError, match="erase by uce or rece"):
+        ek.dp.fit(shared_model, "church")
+
+
 def test_what_lies_in_the_preserved_span_is_refused_and_not_left_in_silence(model):
     rows = given(model, "church", "castle")
     inside = dataclasses.replace(rows, sources=rows.preserved[1:2])

@@ -1,11 +1,12 @@
-"""The closed forms on Stable Diffusion 2.x and SDXL: tiny random pipelines of the real classes, through a folder."""
+"""The closed forms on Stable Diffusion 2.x, SDXL and transformers: tiny random pipelines of the real classes, through a
+folder."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTH, WIDTH, tiny_pipeline, tiny_tokenizer
+from conftest import LENGTH, WIDTH, literal_erase, tiny_pipeline, tiny_tokenizer
 from diffusers import (
     DDIMScheduler,
     StableDiffusionPipeline,
@@ -13,11 +14,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from families import FAMILIES, tiny
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import erasekit as ek
+from erasekit import pipelines, prompt_rows
+from erasekit.closed_form import ContextMap
 from erasekit.layers import cross_attention_kv
+from erasekit.text_entries import text_entries
 
 
 def text_config(tokenizer, width: int, **changes) -> CLIPTextConfig:
@@ -113,7 +118,7 @@ def test_encode_is_what_the_stock_pipeline_feeds(model):
 
 
 # Random encoders give rows of norm 600; the ridge keeps the map to what single precision can tell apart.
-UCE = dataclasses.replace(ek.uce.PRESETS["sd14-object"], lam=1e3)
+UCE = dataclasses.replace(ek.uce.PRESETS["sd14-object"], lam=1e3, entries="sequence")
 RIDGE = {"uce": UCE, "rece": dataclasses.replace(ek.rece.PRESETS["sd14-object"], start=UCE, lambda_2=1e3)}
 
 
@@ -207,3 +212,341 @@ def test_training_knows_v_prediction_and_says_no_to_two_text_encoders(model, nam
         still = method.Config(**TRAINED[name] | {"iterations": 1}, eta=-1.0)
         method.fit(model, "church", config=still, folder=tmp_path, callback=seen.append)
         assert seen[0]["loss"] < 1e-10
+
+
+# Every family that its own pipeline draws. Small pictures: width 24 and few steps are enough to see a difference.
+
+
+LONG = ("flux2", "sana")  # deep text encoder; a page of instructions in front of every prompt
+EVERY = [pytest.param(one, marks=pytest.mark.slow if one in LONG else ()) for one in ("sdxl", *FAMILIES)]
+
+
+@pytest.fixture(scope="module", params=EVERY)
+def family(request, tmp_path_factory) -> ek.DiffusionModel:
+    """A model read from a folder; a test leaves it as it was."""
+    return read(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux"])
+def pooled(request, tmp_path_factory) -> ek.DiffusionModel:
+    """One that reads a pooled row beside the sequence."""
+    return read(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def read(name: str, folder) -> ek.DiffusionModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        (sdxl() if name == "sdxl" else tiny(name)).save_pretrained(folder)
+    return ek.load(folder)
+
+
+def drawn(model, prompt: str, **changes) -> np.ndarray:
+    side = 8 * model.pipeline.vae_scale_factor
+    given = dict(steps=2, height=max(32, side), width=max(32, side)) | changes
+    return np.asarray(model.generate(prompt, **given)[0]).astype(int)
+
+
+def entry_inputs(model, prompt: str) -> dict[str, torch.Tensor]:
+    """What the first layer of each space reads while the pipeline draws, float64 (n, columns); by plain hooks."""
+    seen, hooks = {}, []
+
+    def keep(entry):
+        def hook(module, args, output):
+            rows = args[0] if args[0].ndim == 2 else args[0][-1]
+            seen.setdefault(entry.layer, rows[:, slice(*entry.columns)].double())
+
+        return hook
+
+    for entry in text_entries(model):
+        hooks.append(model.denoiser.get_submodule(entry.layer).register_forward_hook(keep(entry)))
+    try:
+        side = max(32, 8 * model.pipeline.vae_scale_factor)
+        pipelines.run(
+            model.pipeline, prompt=prompt, height=side, width=side, num_inference_steps=1, guidance_scale=0.0
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def test_a_family_is_read_drawn_and_encoded_by_its_own_pipeline(family, tmp_path):
+    before = drawn(family, "a church")
+    np.testing.assert_array_equal(drawn(family, "a church"), before)
+    assert np.abs(drawn(family, "a dog") - before).max() > 0  # the prompt counts
+    assert np.abs(drawn(family, "a church", seeds=[1]) - before).max() > 10
+    both = family.generate(["a dog", "a church"], steps=2, height=before.shape[0], width=before.shape[1])
+    np.testing.assert_array_equal(np.asarray(both[1]), before)  # whatever it is drawn beside
+    family.save_pretrained(tmp_path)
+    again = ek.load(tmp_path)
+    assert again.fingerprint() == family.fingerprint()
+    np.testing.assert_array_equal(drawn(again, "a church"), before)
+    with torch.no_grad():
+        again.pipeline.text_encoder.get_input_embeddings().weight[0, 0] += 1
+    assert ek.load(again.pipeline).fingerprint() != family.fingerprint()
+
+
+def test_encode_is_what_the_denoiser_of_a_family_is_fed(family):
+    """With the mask of AuraFlow on it, and before the norms of other families; Z-Image pads behind it."""
+    found = family.encode("a church")[0].double()
+    (entry,) = {e.space: e for e in text_entries(family) if not e.pooled}.values()
+    fed = prompt_rows.read(family, [entry], "a church").before[entry.space].double()
+    real = prompt_rows.read(family, [entry], "a church").encoded
+    rows = min(len(fed), *(one.real[1] for one in real.values()))
+    torch.testing.assert_close(found[:rows], fed[:rows], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, family.encode("a house")[0].double(), atol=1e-3)
+
+
+CONFIG = ek.uce.Config(lam=0.1, preserve_scale=0.5, tokens="all", preserve_tokens="all")
+
+
+def test_uce_is_the_literal_solution_in_every_space(family):
+    """Rows by plain hooks, one outer product at a time and an explicit inverse, for every weight by itself."""
+    erased, anchor, kept, null = (entry_inputs(family, p) for p in ("church", "dog", "house", ""))
+    seen = {}
+    given = ek.uce.entry_rows(family, "church", ["house"], "dog", CONFIG)
+    maps = {space: ek.uce.solve(rows, CONFIG) for space, rows in given.items()}
+    edit = ek.uce.fit(family, "church", ["house"], anchor="dog", config=CONFIG)
+    plain = {e.layer: family.denoiser.get_parameter(e.weight).detach().double() for e in text_entries(family)}
+    with edit.applied(family):
+        edited = {
+            e.layer: family.denoiser.get_parameter(e.weight).detach().double() for e in text_entries(family)
+        }
+    for entry in text_entries(family):
+        columns = slice(*entry.columns)
+        w = plain[entry.layer][:, columns]
+        pairs = list(zip(erased[entry.layer], anchor[entry.layer], strict=False))
+        expected = literal_erase(w, pairs, [*kept[entry.layer], *null[entry.layer]], 1.0, 0.5, 0.1)
+        found = maps[entry.space].apply_to_weight(w)
+        seen[entry.layer] = float((found - expected).norm() / expected.norm())
+        assert seen[entry.layer] < 1e-6
+        # an edit holds its factors in single precision
+        assert (edited[entry.layer][:, columns] - expected).norm() < 2e-5 * expected.norm()
+        assert (w - expected).norm() > 1e-3 * expected.norm()  # control: it is not what it was
+        rest = [i for i in range(entry.width) if not entry.columns[0] <= i < entry.columns[1]]
+        assert torch.equal(edited[entry.layer][:, rest], plain[entry.layer][:, rest])
+    print(f"largest relative error {max(seen.values()):.1e}")
+
+
+def test_the_entry_gives_for_the_concept_what_it_gave_for_the_anchor(family):
+    """W' c + b = W c* + b: the bias stays out. With it among the targets, W' c = W c* + b, it would count twice."""
+    config = dataclasses.replace(CONFIG, tokens="last_subject", preserve_null=False, lam=1e-9)
+    given = ek.uce.entry_rows(family, "church", (), "dog", config)
+    edit = ek.uce.fit(family, "church", anchor="dog", config=config)
+    for entry in text_entries(family):
+        layer = family.denoiser.get_submodule(entry.layer)
+        weight, bias = layer.weight.detach().double()[:, slice(*entry.columns)], 0.0
+        if layer.bias is not None:
+            bias = layer.bias.detach().double()
+        c, target = given[entry.space].sources, given[entry.space].targets @ weight.T + bias
+        with edit.applied(family):
+            found = c @ layer.weight.detach().double()[:, slice(*entry.columns)].T + bias
+        assert (found - target).norm() < 1e-3 * target.norm()
+        assert (c @ weight.T + bias - target).norm() > 1e-2 * target.norm()  # before the edit
+        if layer.bias is not None and bias.norm() > 0:
+            # the control: targets with the bias among them
+            folded = torch.linalg.lstsq(c, target).solution
+            assert (c @ folded + bias - target).norm() > 0.5 * (bias * torch.ones_like(target)).norm()
+
+
+def test_an_edit_moves_the_picture_of_the_concept_and_one_that_is_all_ridge_does_not(family):
+    before = drawn(family, "church", guidance=0.0)
+    config = dataclasses.replace(CONFIG, lam=1e-6, preserve_null=False)
+    edit = ek.uce.fit(family, "church", anchor="dog", config=config)
+    with edit.applied(family):
+        edited = drawn(family, "church", guidance=0.0)
+    assert np.abs(edited - before).max() > 0
+    residuals = []
+    ek.uce.fit(family, "church", anchor="dog", config=config, callback=residuals.append)
+    if max(state["erase_residual"] for state in residuals) < 1e-2:  # it can be mapped whole in this width
+        assert np.abs(edited - drawn(family, "dog", guidance=0.0)).mean() < 0.5
+    ridge = dataclasses.replace(CONFIG, lam=1e12)
+    with ek.uce.fit(family, "church", ["church tower"], anchor="dog", config=ridge).applied(family):
+        assert np.abs(drawn(family, "church", guidance=0.0) - before).max() <= 1
+    np.testing.assert_array_equal(drawn(family, "church", guidance=0.0), before)
+
+
+def test_an_edit_of_a_family_is_kept_merged_and_composed(family, tmp_path):
+    edit = ek.uce.fit(family, "church", ["house"], anchor="dog", config=CONFIG)
+    edit.save(tmp_path / "edit.safetensors")
+    again = ek.Edit.load(tmp_path / "edit.safetensors")
+    assert again.digest == edit.digest and again.metadata == edit.metadata
+    assert edit.kind == "text_maps" and "rank" in edit.summary() and "church" in edit.summary()
+    with again.applied(family):
+        edited = drawn(family, "a church")
+    merged = edit.merged(family)
+    # a product rounds by where its factors lie in memory: the same weights may draw a level more or less
+    assert np.abs(drawn(merged, "a church") - edited).max() <= 2
+    assert np.abs(drawn(family, "a church") - edited).max() > 2
+    merged.save_pretrained(tmp_path / "merged")
+    read_back = ek.load(tmp_path / "merged")
+    assert read_back.fingerprint() == merged.fingerprint() != family.fingerprint()
+    assert np.abs(drawn(read_back, "a church") - edited).max() <= 2
+    with pytest.raises(ValueError, match="made for the model"), edit.applied(merged):
+        pass
+    second = ek.uce.fit(family, "castle", anchor="house", config=CONFIG)
+    name = text_entries(family)[0].weight
+    unedited = family.denoiser.get_parameter(name).detach().clone()
+    with edit.applied(family), second.applied(family):
+        nested = family.denoiser.get_parameter(name).detach().clone()
+    with edit.compose(second).applied(family):
+        torch.testing.assert_close(family.denoiser.get_parameter(name), nested, atol=1e-4, rtol=1e-3)
+    with edit.applied(family, scale=0.0):
+        torch.testing.assert_close(family.denoiser.get_parameter(name), unedited)
+    with pytest.raises(ValueError, match="key and value projections"):
+        edit.to_projections(tmp_path / "kv.safetensors", model=family)
+    with pytest.raises(ValueError, match="see edit.maps"):
+        edit.context_map  # noqa: B018
+
+
+def test_lora_of_a_family_in_its_stock_pipeline(family, tmp_path):
+    edit = ek.uce.fit(family, "church", ["house"], anchor="dog", config=CONFIG)
+    if not hasattr(family.pipeline, "load_lora_weights"):
+        with pytest.raises(ValueError, match="PixArtSigmaPipeline reads no LoRA"):
+            edit.to_lora(tmp_path, model=family)
+        return
+    edit.to_lora(tmp_path, model=family)
+    before = drawn(family, "church")
+    with edit.applied(family):
+        edited = drawn(family, "church")
+    copy = family.copy()
+    copy.pipeline.load_lora_weights(tmp_path)
+    assert np.abs(drawn(copy, "church") - edited).max() <= 2
+    assert np.abs(before - edited).max() > 2  # control: the edit shows
+
+
+def test_rows_are_those_of_the_last_token_of_the_phrase(family):
+    """By the tokenizers: the ids up to that token read as the prompt up to the phrase, in every text encoder."""
+    template = "an image of {} in ink style"
+    (entry,) = {e.space: e for e in text_entries(family) if not e.pooled}.values()
+    texts = [template.format(phrase) for phrase in ("garbage church", "dog", "")]
+    old, new, blank = (prompt_rows.read(family, [entry], text) for text in texts)
+    a, b = prompt_rows.paired(entry, old, new, blank, "last_subject")
+    ends, spans = {}, []
+    for part, one in old.encoded.items():
+        tokenizer = getattr(family.pipeline, part.replace("text_encoder", "tokenizer"))
+        end = prompt_rows._ends(part, old, new, blank)[0]
+        text = "".join(tokenizer.decode(list(one.ids[: end + 1])).lower().split())
+        assert text.endswith("imageofgarbagechurch")
+        ends[part] = end
+        if (span := prompt_rows._span(entry, old, part, end)) is not None:
+            spans.append(span)
+    assert len(a) == len(b) == len(spans) >= 1
+    rows = old.rows[entry.space]
+    assert torch.equal(a, torch.stack([rows[start] for start, _ in spans]))
+    assert len(a) == (2 if type(family.pipeline).__name__ == "StableDiffusion3Pipeline" else 1)  # CLIP and T5
+    to_end = prompt_rows.paired(entry, old, new, blank, "last_to_end")[0]
+    assert torch.equal(to_end[0], a[0]) and len(to_end) > len(a)
+
+
+def test_rece_of_a_family_is_the_literal_one(family):
+    """One round: derive c' for the weights after UCE, erase it, with explicit inverses in float64."""
+    config = ek.rece.Config(start=CONFIG, epochs=1, lam=0.3, lambda_1=0.2, lambda_2=0.5)
+    given = ek.uce.entry_rows(family, "church", ["house"], "dog", CONFIG)
+    seen = []
+    ek.rece.fit(family, "church", ["house"], anchor="dog", config=config, callback=seen.append)
+    for space, rows in given.items():
+        entries = [e for e in text_entries(family) if e.space == space]
+        weights = [
+            family.denoiser.get_parameter(e.weight).detach().double()[:, slice(*e.columns)] for e in entries
+        ]
+        eye = torch.eye(weights[0].shape[1], dtype=torch.float64)
+        kept = list(rows.preserved)
+        t = literal_erase(eye, list(zip(rows.sources, rows.targets, strict=True)), kept, 1.0, 0.5, 0.1)
+        old, new = torch.cat(weights), torch.cat(weights) @ t
+        left = torch.linalg.inv(0.3 * eye + new.T @ new) @ new.T @ old
+        derived = rows.sources @ left.T
+        t = t @ literal_erase(eye, list(zip(derived, rows.targets, strict=True)), kept, 1.0, 0.2, 0.5)
+        last = [s for s in seen if s["entry"].endswith(entries[0].layer)][-1]
+        assert (last["context_map"].matrix() - t).norm() < 1e-6 * t.norm()
+        assert (last["derived"] - derived).norm() < 1e-6 * derived.norm()
+        assert last["attack_residual_before"] < last["attack_residual"]
+
+
+def test_closing_one_entry_leaves_the_other_open(pooled):
+    """Rows of the tokens and the pooled row both carry the concept; only both closed draw the anchor."""
+    church, dog = (drawn(pooled, prompt, guidance=1.0) for prompt in ("church", "dog"))
+    far, distance = np.abs(church - dog).mean(), {}
+    for which in ("both", "sequence", "pooled"):
+        config = dataclasses.replace(CONFIG, lam=1e-6, preserve_null=False, entries=which)
+        edit = ek.uce.fit(pooled, "church", anchor="dog", config=config)
+        with edit.applied(pooled):
+            distance[which] = np.abs(drawn(pooled, "church", guidance=1.0) - dog).mean() / far
+        if which != "sequence" or "transformer" in pooled.pipeline.components:
+            pooled_ones = {f"{pooled.denoiser_part}.{e.layer}" for e in text_entries(pooled) if e.pooled}
+            assert bool(pooled_ones & set(edit.maps)) == (which != "sequence")
+    print(distance)
+    assert distance["both"] < 0.5 * min(distance["sequence"], distance["pooled"])
+
+
+@pytest.mark.parametrize("tokens", ["last_subject", "last_to_end", "all"])
+def test_on_a_unet_the_traced_rows_are_those_of_uce(model, tokens):
+    """Also with a phrase in the middle of a sentence, of more pieces than its anchor, and a blank anchor."""
+    config = dataclasses.replace(CONFIG, tokens=tokens, preserve_tokens=tokens, entries="sequence")
+    config = dataclasses.replace(config, templates=("{}", "a {} in flat style"))
+    for anchor in ("dog", " "):
+        old = ek.uce.rows(model, ["garbage church", "castle"], ["house"], anchor, config)
+        (new,) = ek.uce.entry_rows(model, ["garbage church", "castle"], ["house"], anchor, config).values()
+        for name in ("sources", "targets", "preserved"):
+            torch.testing.assert_close(getattr(new, name), getattr(old, name), atol=1e-3, rtol=1e-5)
+        one, two = (ek.uce.solve(rows, config).matrix() for rows in (old, new))
+        print(float((one - two).norm() / one.norm()))
+        same = ContextMap.identity(model_width(model)).matrix()
+        assert (one - two).norm() < 1e-6 * (one - same).norm()
+
+
+def model_width(model) -> int:
+    return next(iter(cross_attention_kv(model.unet).values())).in_features
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_methods_that_train_a_unet_refuse_a_transformer(name):
+    flux = ek.load(tiny("flux"))
+    with pytest.raises(ValueError, match="FluxPipeline has a FluxTransformer2DModel: erase by a closed form"):
+        getattr(ek, name).fit(flux, "church")
+
+
+def test_nothing_asked_of_a_pipeline_is_dropped_in_silence():
+    flux, sd1 = ek.load(tiny("flux")), ek.load(tiny_pipeline())
+    size = dict(steps=1, height=32, width=32)
+    with pytest.raises(ValueError, match="without a negative prompt"):
+        flux.generate("a dog", negative="a church", **size)
+    with pytest.raises(ValueError, match="drew 32 pixels for height=33"):
+        flux.generate("a dog", steps=1, height=33, width=32)
+    with pytest.raises(ValueError, match="has no UNet"):
+        flux.unet  # noqa: B018
+    with pytest.raises(ValueError, match="Stable Diffusion 1 and 2"):
+        flux.draw(flux.encode("a dog"), [0])
+    with pytest.raises(ValueError, match="reads no pooled text"):
+        ek.uce.fit(sd1, "church", config=ek.uce.Config(entries="pooled"))
+    with pytest.raises(ValueError, match="fills all 24 tokens of text_encoder"):
+        ek.uce.fit(flux, "abcdefghijklm nopqrstuvwxyz", anchor="dog")
+    with pytest.raises(ValueError, match="no text entry of the kind 'pooled'"):
+        ek.uce.fit(ek.load(tiny("chroma")), "church", config=ek.uce.Config(entries="pooled"))
+    schnell = tiny("flux")
+    schnell.transformer.register_to_config(guidance_embeds=False)
+    schnell = ek.load(schnell)
+    with pytest.raises(ValueError, match="needs guidance above 1"):
+        schnell.generate("a dog", negative="a church", **size)
+    klein = tiny("flux2")
+    klein.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match="distilled and ignores guidance"):
+        ek.load(klein).generate("a dog", guidance=4.0, **size)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_on_a_gpu(name, tmp_path):
+    """In bfloat16, which a transformer is read in there; the edit of the CPU belongs to it as well."""
+    with torch.random.fork_rng(devices=[]):
+        tiny(name).save_pretrained(tmp_path)
+    cpu, gpu = ek.load(tmp_path, device="cpu"), ek.load(tmp_path)
+    assert gpu.device.type == "cuda" and gpu.dtype is torch.bfloat16
+    assert gpu.fingerprint() == cpu.fingerprint()
+    before = drawn(gpu, "church")
+    for model in (cpu, gpu):
+        edit = ek.uce.fit(model, "church", ["house"], anchor="dog", config=CONFIG)
+        with edit.applied(gpu):
+            assert np.abs(drawn(gpu, "church") - before).max() > 0
+    np.testing.assert_array_equal(drawn(gpu, "church"), before)

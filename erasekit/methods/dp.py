@@ -189,6 +189,11 @@ def fit(
     Raises ValueError for unknown concepts, nothing to erase, a concept both erased and preserved or in the span of what
     is preserved, and prompts that are too long.
     """
+    if not model.own_loop:
+        raise ValueError(
+            f"dp closes the keys and values of Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads text "
+            "elsewhere as well: erase by uce or rece instead"
+        )
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )

@@ -45,6 +45,8 @@ from erasekit.layers import cross_attention_kv
 from erasekit.methods import uce
 from erasekit.models import DiffusionModel
 from erasekit.settings import asked
+from erasekit.text_entries import text_entries
+from erasekit.tuning import telling
 
 Regularizer = Literal["zero", "anchor", "source", "surrogate", "both"]
 Pairs = Literal["positions", "start"]
@@ -175,26 +177,52 @@ def fit(
     generator: torch.Generator | None = None,
     callback: Callable[[dict], None] | None = None,
 ) -> Edit:
-    """Erase concepts by UCE and `epochs` rounds of derive and erase; returns a context_map Edit.
+    """Erase concepts by UCE and `epochs` rounds of derive and erase; returns a context_map Edit, or a text_maps Edit as
+    `uce.fit` does.
 
     Several concepts are derived from the same weights and erased jointly. anchor, generator and errors as in
     `uce.fit`; config None takes the preset of the model ("emoji" or "sd14-object"). callback: once after UCE (step 0)
     and once per round, with step, context_map (T so far), what `closed_form.residuals` says, and in rounds derived
     (n, d), sources, norm_ratio ||c'|| / ||c||, and attack_residual of the derived embedding before the round erased
-    it and after.
+    it and after; with several spaces for each of them, with `entry`, its first layer.
     """
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
+    about = model, erased, preserved, anchor
+    if uce.one_map(model, config.start):
+        given = uce.rows(*about, config.start)
+        paired = positions(model, given) if config.pairs == "positions" else given
+        gram = closed_form.weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
+        t = _erased(gram, given, paired, config, callback)
+        return Edit.from_context_map(t, model, method="rece", config=config, concepts=given.concepts)
+    given = paired = uce.entry_rows(*about, config.start)
+    if config.pairs == "positions":
+        paired = uce.entry_rows(*about, replace(config.start, tokens="all", templates=("{}",)))
+    entries, maps = text_entries(model), {}
+    for space, own in given.items():
+        layers = [entry for entry in entries if entry.space == space]
+        weights = (model.denoiser.get_parameter(entry.weight)[:, slice(*entry.columns)] for entry in layers)
+        report = telling(callback, entry=f"{model.denoiser_part}.{layers[0].layer}")
+        maps[space] = _erased(closed_form.weight_gram(weights), own, paired[space], config, report)
+    concepts = next(iter(given.values())).concepts
+    return Edit.from_text_maps(maps, entries, model, method="rece", config=config, concepts=concepts)
+
+
+def _erased(
+    gram: Tensor,
+    given: closed_form.Rows,
+    paired: closed_form.Rows,
+    config: Config,
+    callback: Callable[[dict], None] | None,
+) -> ContextMap:
+    """The map after UCE and all rounds. gram: of the weights that read these rows."""
     start = config.start
-    given = uce.rows(model, erased, preserved, anchor, start)
-    paired = positions(model, given) if config.pairs == "positions" else given
     kept = None if given.preserved is None else closed_form.condensed(given.preserved)
     scales = dict(erase_scale=start.erase_scale, preserve_scale=start.preserve_scale, lam=start.lam)
     t = closed_form.solve(given.sources, given.targets, kept, **scales)
     if callback is not None:
         callback({"step": 0, "context_map": t, **closed_form.residuals(t, given)})
-    gram = closed_form.weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
     gram = gram.to(given.sources.device)
     for epoch, (derived, after) in enumerate(rounds(t, gram, paired, kept, config)):
         if callback is not None:
@@ -211,4 +239,4 @@ def fit(
                 }
             )
         t = after
-    return Edit.from_context_map(t, model, method="rece", config=config, concepts=given.concepts)
+    return t

@@ -24,14 +24,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from erasekit import closed_form
+from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, fill, slot_token
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
 from erasekit.settings import anchors, asked
+from erasekit.text_entries import text_entries
 
 Tokens = Literal["last_subject", "last_to_end", "all"]
+Entries = Literal["both", "sequence", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Config:
     rows [code, 2023]; "all": every position. A blank anchor counts as the token before its slot, which is the
     start token in "{}". templates: prompts with one {} that concept and anchor are both put into; their rows
     are stacked. synonyms: erase the synonyms of a Concept too. preserve_tokens, preserve_templates: the same
-    for what is kept. preserve_null: also keep the empty prompt, on which guidance leans.
+    for what is kept. preserve_null: also keep the empty prompt, on which guidance leans. entries: where the text is
+    closed in a model that also reads one pooled row of the prompt (SDXL, SD 3, FLUX.1): the rows of its tokens, the
+    pooled one, or both; what is left open leaks.
     """
 
     erase_scale: float = 1.0
@@ -56,16 +60,17 @@ class Config:
     preserve_tokens: Tokens = "all"
     preserve_templates: tuple[str, ...] = ("{}",)
     preserve_null: bool = True
+    entries: Entries = "both"
 
     def __post_init__(self):
         for name in ("erase_scale", "preserve_scale", "lam"):
             value = getattr(self, name)
             if not (0 <= value < float("inf")):
                 raise ValueError(f"{name} must be zero or positive, got {value}")
-        for name in ("tokens", "preserve_tokens"):
-            if getattr(self, name) not in get_args(Tokens):
+        for name, known in (("tokens", Tokens), ("preserve_tokens", Tokens), ("entries", Entries)):
+            if getattr(self, name) not in get_args(known):
                 raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(Tokens))}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}"
                 )
         for name in ("templates", "preserve_templates"):
             check_templates(getattr(self, name))
@@ -95,6 +100,23 @@ def rows(
     config: Config,
 ) -> closed_form.Rows:
     """Encode what `fit` solves for; every distinct prompt is encoded once. Errors as in `fit`."""
+    slots, keep, concepts = _asked(erased, preserved, anchor, config)
+    pairs = slots(config.templates)
+    embed = _embedder(model, [(t, p) for t, *both in pairs for p in both] + keep)
+
+    paired = [_paired_rows(model.tokenizer, embed, *pair, config.tokens) for pair in pairs]
+    sources, targets = (torch.cat(side) for side in zip(*paired, strict=True))
+    kept = [_rows(model.tokenizer, embed, *slot, config.preserve_tokens) for slot in keep]
+    if config.preserve_null:
+        kept.append(model.encode("")[0].double())
+    prompts = tuple((fill(t, phrase)[0], fill(t, other)[0]) for t, phrase, other in slots(("{}",)))
+    return closed_form.Rows(sources, targets, torch.cat(kept) if kept else None, concepts, prompts)
+
+
+def _asked(
+    erased: Sequence[Concept], preserved: Sequence[Concept], anchor: str | Concept | None, config: Config
+) -> tuple[Callable, list, dict]:
+    """From templates (template, phrase, anchor) of all that is erased; (template, phrase) of what is kept; names."""
     if both := {one.name.lower() for one in erased} & {one.name.lower() for one in preserved}:
         raise ValueError(
             f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
@@ -107,22 +129,65 @@ def rows(
         for template in concept.templates or templates
         for phrase in (concept.name, *(concept.synonyms if config.synonyms else ()))
     ]
-    pairs = slots(config.templates)
     keep = [(t, one.name) for one in preserved for t in one.templates or config.preserve_templates]
-    embed = _embedder(model, [(t, p) for t, *both in pairs for p in both] + keep)
-
-    paired = [_paired_rows(model.tokenizer, embed, *pair, config.tokens) for pair in pairs]
-    sources, targets = (torch.cat(side) for side in zip(*paired, strict=True))
-    kept = [_rows(model.tokenizer, embed, *slot, config.preserve_tokens) for slot in keep]
-    if config.preserve_null:
-        kept.append(model.encode("")[0].double())
     concepts = {
         "erase": [concept.name for concept in erased],
         "anchor": instead,
         "preserve": [concept.name for concept in preserved],
     }
-    prompts = tuple((fill(t, phrase)[0], fill(t, other)[0]) for t, phrase, other in slots(("{}",)))
-    return closed_form.Rows(sources, targets, torch.cat(kept) if kept else None, concepts, prompts)
+    return slots, keep, concepts
+
+
+def one_map(model: DiffusionModel, config: Config) -> bool:
+    """Whether one map of the text embeddings, that all keys and values of a UNet read, is all there is to solve for."""
+    if model.own_loop and config.entries == "pooled":
+        raise ValueError(f"{type(model.pipeline).__name__} reads no pooled text: leave `entries` as it is")
+    return model.own_loop or (model.denoiser_part == "unet" and config.entries == "sequence")
+
+
+def entry_rows(
+    model: DiffusionModel,
+    erased: Sequence[Concept],
+    preserved: Sequence[Concept],
+    anchor: str | Concept | None,
+    config: Config,
+) -> dict[int, closed_form.Rows]:
+    """What `fit` solves for in each space that text entries read, {space: rows}, as the pipeline feeds them.
+
+    Every distinct prompt is encoded once. Errors as in `fit`.
+    """
+    slots, keep, concepts = _asked(erased, preserved, anchor, config)
+    pairs, every = slots(config.templates), text_entries(model)
+    spaces = {entry.space: entry for entry in reversed(every)}  # the first entry of each
+    wanted = {"both": (True, False), "pooled": (True,), "sequence": (False,)}[config.entries]
+    chosen = [entry for _, entry in sorted(spaces.items()) if entry.pooled in wanted]
+    if not chosen:
+        raise ValueError(
+            f"{type(model.denoiser).__name__} has no text entry of the kind {config.entries!r}: it reads "
+            f"{', '.join(sorted({entry.reads for entry in every}))}"
+        )
+    known: dict[str, prompt_rows.Prompt] = {}
+
+    def prompt(template: str, phrase: str) -> prompt_rows.Prompt:
+        text = fill(template, phrase)[0]
+        if text not in known:
+            known[text] = prompt_rows.read(model, chosen, text)
+        return known[text]
+
+    found = {}
+    for entry in chosen:
+        both = [
+            prompt_rows.paired(entry, prompt(t, phrase), prompt(t, instead), prompt(t, ""), config.tokens)
+            for t, phrase, instead in pairs
+        ]
+        kept = [
+            prompt_rows.own(entry, prompt(*slot), prompt(slot[0], ""), config.preserve_tokens)
+            for slot in keep
+        ]
+        kept += [prompt("{}", "").rows[entry.space]] if config.preserve_null else []
+        sources, targets = (torch.cat(side) for side in zip(*both, strict=True))
+        found[entry.space] = closed_form.Rows(sources, targets, torch.cat(kept) if kept else None, concepts)
+    return found
 
 
 def fit(
@@ -137,15 +202,31 @@ def fit(
 ) -> Edit:
     """Erase concepts by one joint solve; returns a context_map Edit and leaves the model alone.
 
+    A model with other text entries than keys and values (SDXL with its pooled row, every transformer) is solved for in
+    each space that they read, in the rows that the pipeline feeds them: a text_maps Edit. Weights W become W T, biases
+    stay, so that with hardly any ridge the concept gives what its anchor gave.
+
     anchor: what is drawn instead; else the concept's own, else the config's. config: None takes the preset of
-    the model ("emoji" or "sd14-object"). generator: not used, UCE draws nothing. callback: called once, with
-    rank and the relative residuals of erased and preserved embeddings. Raises ValueError for unknown
-    concepts, nothing to erase, a concept both erased and preserved, over-long prompts and settings that make
-    the system singular.
+    the model ("emoji" or "sd14-object"). generator: not used, UCE draws nothing. callback: called once, or once for
+    each space with `entry`, its first layer, with rank and the relative residuals of erased and preserved embeddings.
+    Raises ValueError for unknown concepts, nothing to erase, a concept both erased and preserved, over-long prompts and
+    settings that make the system singular.
     """
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
+    if not one_map(model, config):
+        found = entry_rows(model, erased, preserved, anchor, config)
+        maps = {space: solve(given, config) for space, given in found.items()}
+        concepts = next(iter(found.values())).concepts
+        edit = Edit.from_text_maps(
+            maps, text_entries(model), model, method="uce", config=config, concepts=concepts
+        )
+        for (name, small), (space, given) in zip(edit.maps.items(), found.items(), strict=True):
+            if callback is not None:
+                state = {"entry": name, "rank": small.rank}
+                callback({"step": 0, **state, **closed_form.residuals(maps[space], given)})
+        return edit
     given = rows(model, erased, preserved, anchor, config)
     context_map = solve(given, config)
     edit = Edit.from_context_map(context_map, model, method="uce", config=config, concepts=given.concepts)
