@@ -32,10 +32,10 @@ from diffusers import UNet2DConditionModel
 
 import erasekit as ek
 from erasekit import states, tuning
+from erasekit.evaluate.records import Result, save
 from erasekit.evaluate.runs import machine
 from erasekit.methods import METHODS, advunlearn, mace, trce
 from erasekit.models import DiffusionModel
-from erasekit.paths import write_atomically
 
 TRAINED = ("esd", "advunlearn", "trce", "realera", "mace")
 ONCE = ("text", "states", "rest")
@@ -161,16 +161,14 @@ def main() -> None:
     torch.set_num_threads(1)
     model = ek.load("emoji")
     chosen = "" if given.methods == list(TRAINED) else f" --methods {' '.join(given.methods)}"
-    result = {
-        "command": f"python benchmarks/training.py --iterations {given.iterations}{chosen} --out "
-        + given.out.as_posix(),
-        "methods": {},
-        "machine": machine(),
-    }
+    words = f"--iterations {given.iterations}{chosen} --out {given.out.as_posix()}"
+    result = Result(
+        f"python benchmarks/training.py {words}", "benchmark", machine=machine(), details={"methods": {}}
+    )
     for name in given.methods:
-        result["methods"][name] = measured(model, name, given.iterations)
-        print(name, json.dumps(result["methods"][name]), flush=True)
-        write_atomically(given.out, json.dumps(result, indent=1) + "\n")
+        result.details["methods"][name] = measured(model, name, given.iterations)
+        print(name, json.dumps(result.details["methods"][name]), flush=True)
+        save(result, given.out)
 
 
 if __name__ == "__main__":

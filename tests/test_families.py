@@ -304,7 +304,7 @@ def test_uce_is_the_literal_solution_in_every_space(family):
     """Rows by plain hooks, one outer product at a time and an explicit inverse, for every weight by itself."""
     erased, anchor, kept, null = (entry_inputs(family, p) for p in ("church", "dog", "house", ""))
     seen = {}
-    given = ek.uce.entry_rows(family, "church", ["house"], "dog", CONFIG)
+    given = ek.uce.entry_rows(family, family.concepts("church"), family.concepts(["house"]), "dog", CONFIG)
     maps = {space: ek.uce.solve(rows, CONFIG) for space, rows in given.items()}
     edit = ek.uce.fit(family, "church", ["house"], anchor="dog", config=CONFIG)
     plain = {e.layer: family.denoiser.get_parameter(e.weight).detach().double() for e in text_entries(family)}
@@ -331,7 +331,7 @@ def test_uce_is_the_literal_solution_in_every_space(family):
 def test_the_entry_gives_for_the_concept_what_it_gave_for_the_anchor(family):
     """W' c + b = W c* + b: the bias stays out. With it among the targets, W' c = W c* + b, it would count twice."""
     config = dataclasses.replace(CONFIG, tokens="last_subject", preserve_null=False, lam=1e-9)
-    given = ek.uce.entry_rows(family, "church", (), "dog", config)
+    given = ek.uce.entry_rows(family, family.concepts("church"), (), "dog", config)
     edit = ek.uce.fit(family, "church", anchor="dog", config=config)
     for entry in text_entries(family):
         layer = family.denoiser.get_submodule(entry.layer)
@@ -442,7 +442,7 @@ def test_rows_are_those_of_the_last_token_of_the_phrase(family):
 def test_rece_of_a_family_is_the_literal_one(family):
     """One round: derive c' for the weights after UCE, erase it, with explicit inverses in float64."""
     config = ek.rece.Config(start=CONFIG, epochs=1, lam=0.3, lambda_1=0.2, lambda_2=0.5)
-    given = ek.uce.entry_rows(family, "church", ["house"], "dog", CONFIG)
+    given = ek.uce.entry_rows(family, family.concepts("church"), family.concepts(["house"]), "dog", CONFIG)
     seen = []
     ek.rece.fit(family, "church", ["house"], anchor="dog", config=config, callback=seen.append)
     for space, rows in given.items():
@@ -485,8 +485,9 @@ def test_on_a_unet_the_traced_rows_are_those_of_uce(model, tokens):
     config = dataclasses.replace(CONFIG, tokens=tokens, preserve_tokens=tokens, entries="sequence")
     config = dataclasses.replace(config, templates=("{}", "a {} in flat style"))
     for anchor in ("dog", " "):
-        old = ek.uce.rows(model, ["garbage church", "castle"], ["house"], anchor, config)
-        (new,) = ek.uce.entry_rows(model, ["garbage church", "castle"], ["house"], anchor, config).values()
+        asked = model, model.concepts(["garbage church", "castle"]), model.concepts("house"), anchor, config
+        old = ek.uce.rows(*asked)
+        (new,) = ek.uce.entry_rows(*asked).values()
         for name in ("sources", "targets", "preserved"):
             torch.testing.assert_close(getattr(new, name), getattr(old, name), atol=1e-3, rtol=1e-5)
         one, two = (ek.uce.solve(rows, config).matrix() for rows in (old, new))
