@@ -64,7 +64,9 @@ def generate(
     model: Model = "emoji",
     edit: Annotated[Path | None, Parameter(help="An edit to apply, written by erase.")] = None,
     steps: int = 25,
-    guidance: float = 3.0,
+    guidance: Annotated[
+        float | None, Parameter(help="3 for Stable Diffusion 1 and 2; else the pipeline's own.")
+    ] = None,
 ) -> None:
     """Draw one picture from a prompt, with or without an edit."""
     import erasekit as ek

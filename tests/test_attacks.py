@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from erasekit.attacks import (
     unlearndiff,
 )
 from erasekit.concepts import content_ids, token_ids
-from erasekit.evaluate import judges
+from erasekit.evaluate import judges, records
 from erasekit.experiments import stages
 from erasekit.layers import encode_rows, text_backbone
 
@@ -112,7 +111,7 @@ def test_the_same_generator_gives_the_same_attack_and_a_second_call_does_no_work
     assert attacked(name, model, pictures, tmp_path / "b", **draw(3)).result() == first
     monkeypatch.setattr(models.DiffusionModel, "draw", lambda *a, **k: pytest.fail("it drew again"))
     assert attacked(name, model, pictures, tmp_path / "a", **draw(3)).result() == first
-    json.dumps(first)  # plain data
+    assert records.parsed(records.plain(first), tmp_path).measurements == first.measurements  # a file holds it
 
 
 @pytest.mark.parametrize("name", ["unlearndiff", "p4d"])
