@@ -45,6 +45,7 @@ METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same 
     "realera": "#029e73",
     "trce": "#d55e00",
     "advunlearn": "#cc78bc",
+    "dp": "#949494",
 }
 METHOD_MARKERS = {
     "original": "o",
@@ -55,6 +56,7 @@ METHOD_MARKERS = {
     "realera": "P",
     "trce": "X",
     "advunlearn": "*",
+    "dp": "h",
 }
 
 

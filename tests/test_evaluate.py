@@ -696,9 +696,10 @@ def test_bad_input_is_one_line(line, said, capsys, tmp_path, monkeypatch):
 def test_texts_of_an_attack_join_the_weapon_prompts(tmp_path):
     """Each once, under a role of its own; more pictures are more seeds of the same prompts."""
     from erasekit.cli import _protocol
+    from erasekit.evaluate import records
 
     found = [{"found": text} for text in ("sharp thing", "loud thing", "sharp thing", None)]
-    (tmp_path / "a.json").write_text(json.dumps({"attempts": found}))
+    records.save(records.Result("", "attack", details={"attempts": found}), tmp_path / "a.json")
     asked = _protocol("weapons", [], adversarial=tmp_path / "a.json")
     texts = [p.text for p in asked.prompts if p.role == "adversarial"]
     assert texts == ["sharp thing", "loud thing"] * 50
@@ -710,7 +711,7 @@ def test_texts_of_an_attack_join_the_weapon_prompts(tmp_path):
         assert count(more, role) >= 200 > count(plain, role) >= 100
         texts = [{p.text for p in one.prompts if p.role == role} for one in (plain, more)]
         assert texts[0] == texts[1]
-    (tmp_path / "none.json").write_text(json.dumps({"attempts": [{"found": None}]}))
+    records.save(records.Result("", "attack", details={"attempts": [{"found": None}]}), tmp_path / "none.json")
     with pytest.raises(ValueError, match="found no texts"):
         _protocol("weapons", [], adversarial=tmp_path / "none.json")
 
