@@ -111,7 +111,9 @@ def test_the_same_generator_gives_the_same_attack_and_a_second_call_does_no_work
     assert attacked(name, model, pictures, tmp_path / "b", **draw(3)).result() == first
     monkeypatch.setattr(models.DiffusionModel, "draw", lambda *a, **k: pytest.fail("it drew again"))
     assert attacked(name, model, pictures, tmp_path / "a", **draw(3)).result() == first
-    assert records.parsed(records.plain(first), tmp_path).measurements == first.measurements  # a file holds it
+    assert (
+        records.parsed(records.plain(first), tmp_path).measurements == first.measurements
+    )  # a file holds it
 
 
 @pytest.mark.parametrize("name", ["unlearndiff", "p4d"])

@@ -366,6 +366,39 @@ def test_erasure_by_hand():
         world.erasure(table, after.iloc[::-1], ["church"])
 
 
+def test_a_run_is_written_as_records(emoji, tmp_path, monkeypatch, capsys):
+    """What `erasekit run` writes, over a world of four pictures: before and after, utility and distances."""
+    from erasekit import cli_methods
+    from erasekit.evaluate import protocols, records, runs
+
+    asked = [dataclasses.replace(p, seed=0) for p in world.grid(["church", "dog"], ("flat", "ink"))]
+    small = dataclasses.replace(
+        protocols.utility(["church"]), prompts=protocols.utility(["church"]).prompts[:3], steps=2
+    )
+    monkeypatch.setattr(world, "whole_world", lambda erased, pictures: asked)
+    monkeypatch.setattr(world, "utility", lambda erased: small)
+    monkeypatch.setattr(world, "STEPS", 2)
+    monkeypatch.setattr(runs, "run", functools.partial(runs.run, folder=tmp_path / "runs"))
+    monkeypatch.setattr(world, "judged", functools.partial(world.judged, steps=2, folder=tmp_path / "runs"))
+    words = ["uce", "church", "--preserve", "castle", "--lam", "0.3", "--out", str(tmp_path / "r.json")]
+    cli_methods.run(words, result_action="return_value")
+    assert "target " in capsys.readouterr().out
+    found = records.read(tmp_path / "r.json")
+    assert found.kind == "run" and found.erased == ("church",) and found.label == "uce"
+    assert (found.edit.variant, found.edit.preserved) == ("lam=0.3", ("castle",))
+    assert found.value("target", "uce", "judged")["n"] == found.value("others")["n"] == 2
+    assert found.values("uce", "emoji-utility").keys() == {
+        "objects",
+        "styles",
+        "CLIP score",
+        "Frechet",
+        "KID",
+        "CMMD",
+    }
+    assert found.value("Frechet", "uce")["value"] >= 0
+    assert found.command.endswith(f"--out {tmp_path / 'r.json'}") and "--lam 0.3" in found.command
+
+
 @pytest.mark.slow
 def test_erasing_an_object_end_to_end(emoji, tmp_path):
     """The model could draw it, cannot after the edit, still draws the rest, and is back after undo."""

@@ -711,7 +711,9 @@ def test_texts_of_an_attack_join_the_weapon_prompts(tmp_path):
         assert count(more, role) >= 200 > count(plain, role) >= 100
         texts = [{p.text for p in one.prompts if p.role == role} for one in (plain, more)]
         assert texts[0] == texts[1]
-    records.save(records.Result("", "attack", details={"attempts": [{"found": None}]}), tmp_path / "none.json")
+    records.save(
+        records.Result("", "attack", details={"attempts": [{"found": None}]}), tmp_path / "none.json"
+    )
     with pytest.raises(ValueError, match="found no texts"):
         _protocol("weapons", [], adversarial=tmp_path / "none.json")
 
