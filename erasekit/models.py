@@ -193,7 +193,7 @@ class DiffusionModel:
         if not prompts:
             raise ValueError("there is no prompt to encode: give at least one")
         if self.denoiser_part == "transformer":
-            return pipelines.embeddings(self.pipeline, prompts, self.device).to(self.dtype)
+            return pipelines.embeddings(self.pipeline, prompts, self.device)[:, :length].to(self.dtype)
         parts = [(self.tokenizer, self.text_encoder, lambda out: out[0])]
         if (second := uncompiled(getattr(self.pipeline, "text_encoder_2", None))) is not None:
             before_last = lambda out: out.hidden_states[-2]

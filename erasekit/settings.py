@@ -17,6 +17,7 @@ EMOJI_TEMPLATES = (
     "a {} in ink style",
     "a {} in glossy style",
 )
+EMOJI_CAPTIONS = ("{}", "a {}", "a {} in flat style", "An {} image in flat style.")  # fewer, for closed forms
 
 
 def check(config, **least) -> None:
@@ -73,6 +74,14 @@ def asked(
     if not erased:
         raise ValueError("there is nothing to erase: name at least one concept")
     return config, erased, preserved, torch.Generator().manual_seed(0) if generator is None else generator
+
+
+def apart(erased: Sequence[Concept], preserved: Sequence[Concept]) -> None:
+    """ValueError for a concept that is both erased and preserved."""
+    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in preserved}:
+        raise ValueError(
+            f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
+        )
 
 
 def anchors(erased: Sequence[Concept], given: str | Concept | None, default: str) -> list[str]:

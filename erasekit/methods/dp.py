@@ -43,7 +43,7 @@ from erasekit.concepts import (
 )
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
-from erasekit.settings import anchors, asked, check
+from erasekit.settings import EMOJI_CAPTIONS, anchors, apart, asked, check
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ class Config:
         check_templates(self.preserve_templates)
 
 
-EMOJI = ("{}", "a {}", "a {} in flat style", "An {} image in flat style.")
 PRESETS = {
     "sd14-object": Config(preserve_null=False),  # as the code has it
-    "emoji": Config(preserve_templates=EMOJI),  # ours: what is kept, in the captions of this world
+    "emoji": Config(preserve_templates=EMOJI_CAPTIONS),  # ours: what is kept, in the captions of this world
 }
 
 
@@ -91,10 +90,7 @@ def rows(
 
     Raises ValueError for a concept that is also preserved.
     """
-    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in preserved}:
-        raise ValueError(
-            f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
-        )
+    apart(erased, preserved)
     instead = anchors(erased, anchor, config.anchor)
     sources, targets = [], []
     for concept, other in zip(erased, instead, strict=True):

@@ -29,7 +29,7 @@ from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, fill, slot_token
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
-from erasekit.settings import anchors, asked
+from erasekit.settings import EMOJI_CAPTIONS, anchors, apart, asked
 from erasekit.text_entries import text_entries
 
 Tokens = Literal["last_subject", "last_to_end", "all"]
@@ -78,12 +78,10 @@ class Config:
                 raise ValueError(f"{name} must have at least one prompt")
 
 
-EMOJI_TEMPLATES = ("{}", "a {}", "a {} in flat style", "An {} image in flat style.")
-
 PRESETS = {
     # ours, for the captions of the emoji world
     "emoji": Config(
-        lam=0.1, tokens="last_subject", templates=EMOJI_TEMPLATES, preserve_templates=EMOJI_TEMPLATES
+        lam=0.1, tokens="last_subject", templates=EMOJI_CAPTIONS, preserve_templates=EMOJI_CAPTIONS
     ),
     # erase_scale / preserve_scale / lamb and anchor: file names and defaults of the authors' code, 2023
     "sd14-object": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
@@ -117,10 +115,7 @@ def _asked(
     erased: Sequence[Concept], preserved: Sequence[Concept], anchor: str | Concept | None, config: Config
 ) -> tuple[Callable, list, dict]:
     """From templates (template, phrase, anchor) of all that is erased; (template, phrase) of what is kept; names."""
-    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in preserved}:
-        raise ValueError(
-            f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
-        )
+    apart(erased, preserved)
     instead = anchors(erased, anchor, config.anchor)
 
     slots = lambda templates: [
