@@ -2,19 +2,22 @@
 
 The pipeline makes them: it is called with the prompt until its denoiser has read the text, so that templates, several
 text encoders, padding and masks are as in a picture. Token positions are found by comparing ids: prompts that differ in
-one phrase end alike behind it. Which row is which token is found by its content, the hidden state of the text encoder.
+one phrase begin alike before it and end alike behind it. Which row is which token is found by its content, the hidden
+state of the text encoder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from erasekit.closed_form import ContextMap, Rows, condensed, residuals
+from erasekit.edits import Edit
 from erasekit.layers import uncompiled
 from erasekit.models import PARTS, DiffusionModel
-from erasekit.text_entries import Enough, TextEntry, call_pipeline, leaves
+from erasekit.text_entries import Enough, TextEntry, call_pipeline, leaves, spaces, text_entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +25,13 @@ class Encoded:
     """What one text encoder was given for a prompt, and what it gave.
 
     ids: (length), with special tokens, template and padding. real: first position and one past the last that are no
-    padding. states: hidden states, each (length, width).
+    padding. ends: positions of end tokens; of those that are also padding, the first alone. states: hidden states, each
+    (length, width).
     """
 
     ids: tuple[int, ...]
     real: tuple[int, int]
+    ends: tuple[int, ...]
     states: tuple[Tensor, ...]
 
 
@@ -96,14 +101,143 @@ def read(model: DiffusionModel, entries: Sequence[TextEntry], text: str) -> Prom
 
 def _encoded(model: DiffusionModel, part: str, ids: Tensor, mask: Tensor | None, output) -> Encoded:
     row = ids[0].tolist()
-    if mask is not None and mask.shape == ids.shape:
+    tokenizer = getattr(model.pipeline, part.replace("text_encoder", "tokenizer"))
+    padding, end = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
+    masked = mask is not None and mask.shape == ids.shape
+    if masked:
         real = [i for i, one in enumerate(mask[0].tolist()) if one]
     else:
-        tokenizer = getattr(model.pipeline, part.replace("text_encoder", "tokenizer"))
-        padding = getattr(tokenizer, "pad_token_id", None)
         real = [i for i, one in enumerate(row) if one != padding]
+    start, stop = (real[0], real[-1] + 1) if real else (0, 0)
+    ends = tuple(i for i in range(start, min(stop + (not masked), len(row))) if row[i] == end)
     found = [one for _, one in leaves(output) if one.ndim == 3 and one.shape[:2] == ids.shape]
-    return Encoded(tuple(row), (real[0], real[-1] + 1) if real else (0, 0), tuple(one[0] for one in found))
+    return Encoded(tuple(row), (start, stop), ends, tuple(one[0] for one in found))
+
+
+def reader(model: DiffusionModel) -> Callable[[str], Prompt]:
+    """A look-up text -> `Prompt` of all the model's text entries; every distinct text is read once."""
+    known, entries = {}, text_entries(model)
+
+    def prompt(text: str) -> Prompt:
+        if text not in known:
+            known[text] = read(model, entries, text)
+        return known[text]
+
+    return prompt
+
+
+def solved(
+    model: DiffusionModel,
+    found: Mapping[int, Rows],
+    solve: Callable[[Rows], ContextMap],
+    callback: Callable[[dict], None] | None,
+    step: int,
+    **metadata,
+) -> Edit:
+    """The text_maps Edit of the maps that `solve` gives for the rows {space: rows} of each space.
+
+    callback: once for each space, with step, `entry`, its first layer, rank, and what `closed_form.residuals` says.
+    """
+    maps = {space: solve(given) for space, given in found.items()}
+    edit = Edit.from_text_maps(maps, text_entries(model), model, **metadata)
+    for (name, small), (space, given) in zip(edit.maps.items(), found.items(), strict=True):
+        if callback is not None:
+            state = {"step": step, "entry": name, "rank": small.rank}
+            callback({**state, **residuals(maps[space], given)})
+    return edit
+
+
+def preserved(
+    model: DiffusionModel, prompt: Callable[[str], Prompt], texts: Sequence[str]
+) -> dict[int, Tensor]:
+    """{space: all rows of these prompts}, as few as say the same to a closed form (`closed_form.condensed`)."""
+    return {
+        space: condensed(torch.cat([prompt(text).rows[space] for text in texts])) for space in spaces(model)
+    }
+
+
+Pair = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Rows of two prompts that differ in a phrase, of one text encoder: each field a list for either prompt.
+
+    beside: tokens that both share, paired: their common beginning and end, and the padding that follows. phrase: those
+    of the phrase, in order; of a blank one the token before it. start: the first token. end: the first end token behind
+    the phrase, or the last token of an encoder that has none. last: the last row.
+    """
+
+    beside: Pair
+    phrase: Pair
+    start: Pair
+    end: Pair
+    last: Pair
+
+
+def places(entry: TextEntry, old: Prompt, new: Prompt, blank: Prompt) -> list[Places]:
+    """Where the tokens of two prompts stand among the rows that the entry reads, for each text encoder it reads.
+
+    blank: the prompt without the phrase. A pooled row is the projection of an end token: it is `end` and `last`, and
+    one of those beside. ValueError where the entry reads no token of either.
+    """
+    if entry.pooled:
+        only, none = ([0], [0]), ([], [])
+        return [Places(beside=only, phrase=none, start=none, end=only, last=only)]
+    found = []
+    for part in old.encoded:
+        both = old.encoded[part], new.encoded[part]
+        _ends(part, old, new, blank)  # refuses what is cut off
+        rows = [_located(entry, prompt, part) for prompt in (old, new)]
+        if not all(rows):
+            continue
+        pick = lambda positions, rows=rows: tuple(
+            [where[i] for i in chosen if i in where] for chosen, where in zip(positions, rows, strict=True)
+        )
+        real = [one.ids[slice(*one.real)] for one in both]
+        before = _common_start(*real)
+        behind = min(_common_end(*real), min(map(len, real)) - before)
+        follow = min(len(one.ids) - one.real[1] for one in both)
+        shared = [
+            [*range(one.real[0], one.real[0] + before), *range(one.real[1] - behind, one.real[1] + follow)]
+            for one in both
+        ]
+        kept = [
+            (rows[0][i], rows[1][j]) for i, j in zip(*shared, strict=True) if i in rows[0] and j in rows[1]
+        ]
+        spans = _spans(part, old, new, blank)
+        ends = [
+            [next((i for i in one.ends if i >= span[-1]), one.real[1] - 1)]
+            for one, span in zip(both, spans, strict=True)
+        ]
+        found.append(
+            Places(
+                beside=([i for i, _ in kept], [j for _, j in kept]),
+                phrase=pick(spans),
+                start=pick([[one.real[0]] for one in both]),
+                end=pick(ends),
+                last=tuple([max(where.values())] for where in rows),
+            )
+        )
+    if not found:
+        raise ValueError(
+            f"none of the rows that {entry.layer} reads for {old.text!r} is one of its tokens: the pipeline changes "
+            "them on the way, so this method does not know which to move; erase by uce with tokens='all'"
+        )
+    return found
+
+
+def _spans(part: str, old: Prompt, new: Prompt, blank: Prompt) -> list[list[int]]:
+    """Positions of the phrase in both prompts; where it is blank, of the token before it."""
+    given = [one.encoded[part] for one in (old, new, blank)]
+    real = [one.ids[slice(*one.real)] for one in given]
+    before = min(_common_start(a, b) for i, a in enumerate(real) for b in real[:i] if a != b)
+    stops = [end + 1 for end in _ends(part, old, new, blank)]
+    starts = [one.real[0] + before for one in given]
+    return [
+        [*range(start, stop)] or [max(start - 1, 0)]
+        for start, stop in zip(starts[:2], stops[:2], strict=True)
+    ]
 
 
 def paired(entry: TextEntry, old: Prompt, new: Prompt, blank: Prompt, tokens: str) -> tuple[Tensor, Tensor]:
@@ -164,14 +298,33 @@ def _common_end(a: Sequence[int], b: Sequence[int]) -> int:
     return same
 
 
+def _common_start(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _span(entry: TextEntry, prompt: Prompt, part: str, token: int) -> tuple[int, int] | None:
     """From the row of a token to the last row of its text encoder, None where the token has none."""
-    rows, one = prompt.before[entry.space], prompt.encoded[part]
-    for states in one.states:
+    row = _located(entry, prompt, part).get(token)
+    if row is None:
+        return None
+    return row, min(len(prompt.before[entry.space]), row + len(prompt.encoded[part].ids) - token)
+
+
+def _located(entry: TextEntry, prompt: Prompt, part: str) -> dict[int, int]:
+    """{position of a token: its row}: rows that begin with a hidden state of the text encoder, in order."""
+    rows, found = prompt.before[entry.space], {}
+    for states in prompt.encoded[part].states:
         width = states.shape[-1]
-        if width <= rows.shape[-1]:
-            same = (rows[:, :width] == states[token].to(rows)).all(-1).nonzero()
-            if len(same):
-                row = int(same[0])
-                return row, min(len(rows), row + len(one.ids) - token)
-    return None
+        if found or width > rows.shape[-1]:
+            continue
+        free: dict[bytes, list[int]] = {}
+        for i, content in enumerate(_contents(rows[:, :width])):
+            free.setdefault(content, []).append(i)
+        for position, content in enumerate(_contents(states.to(rows))):
+            if free.get(content):
+                found[position] = free[content].pop(0)
+    return found
+
+
+def _contents(rows: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in rows.contiguous().view(torch.uint8).cpu().numpy()]

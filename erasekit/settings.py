@@ -1,7 +1,7 @@
 """What the settings of a method or attack must be, which are taken, and what every `fit` asks first."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -49,21 +49,24 @@ def asked(
     anchor,
     generator: torch.Generator | None,
     *,
-    trains: bool = True,
+    trains: bool | Callable = True,
 ) -> tuple:
     """What a `fit` is asked for: settings, concepts to erase, concepts to preserve, and the generator, seed 0 if None.
 
-    config None: the preset of the model's world, or "sd14-object". ValueError for a model that cannot be edited, or, of
-    a `fit` that trains, not be trained as it was loaded or without a UNet, for nothing to erase, and for names that are
-    unknown to the world, the anchor's as well.
+    config None: the preset of the model's world, or "sd14-object". trains: whether the method trains, or a function
+    that says whether it does with these settings. ValueError for a model that cannot be edited, or, of a `fit` that
+    trains, not be trained as it was loaded or without a UNet, for nothing to erase, and for names that are unknown to
+    the world, the anchor's as well.
     """
+    config = chosen(presets, model, config, "sd14-object")
+    trains = trains(config) if callable(trains) else trains
     if trains and model.denoiser_part != "unet":
         raise ValueError(
             f"this method trains the UNet of Stable Diffusion 1 or 2, and {type(model.pipeline).__name__} has a "
-            f"{type(model.denoiser).__name__}: erase by a closed form (uce, rece) instead"
+            f"{type(model.denoiser).__name__}: erase by a closed form instead (uce, rece, mace and realera with "
+            "lora=False, trce with stages='text')"
         )
     model.check_fit()
-    config = chosen(presets, model, config, "sd14-object")
     if trains and model.dtype is torch.float16 and model.device.type == "cpu":
         raise ValueError(
             "training in float16 needs a GPU: load the model with dtype='float32', or 'bfloat16' to save memory"

@@ -86,6 +86,11 @@ def text_entries(model: DiffusionModel) -> tuple[TextEntry, ...]:
     return model._text_entries
 
 
+def spaces(model: DiffusionModel) -> dict[int, TextEntry]:
+    """{space: the first entry that reads it}."""
+    return {entry.space: entry for entry in reversed(text_entries(model))}
+
+
 @torch.no_grad()
 def trace(denoiser: nn.Module, base: Call, other_text: Call, other_picture: Call) -> tuple[TextEntry, ...]:
     """The text entries of a denoiser, from three calls (positional and named arguments) of batch size 1.

@@ -463,6 +463,144 @@ def test_rece_of_a_family_is_the_literal_one(family):
         assert last["attack_residual_before"] < last["attack_residual"]
 
 
+TEMPLATES = dict(templates=("an image of {} in ink style", "{}"), keep_templates=("a photo of {}",))
+CLOSED = {
+    "mace": ek.mace.Config(lora=False, lam=0.1, lambda_1=0.5, **TEMPLATES),
+    "trce": ek.trce.Config(stages="text", lam=0.1, eta=0.5, **TEMPLATES),
+    "realera": ek.realera.Config(
+        lora=False, lam=0.1, lambda_b=0.5, lambda_p=0.2, mode="shell", n=2, m=2, **TEMPLATES
+    ),
+}
+
+
+@pytest.fixture
+def rows_of(monkeypatch):
+    """Every {space: rows} that a closed form is solved for."""
+    seen, real = [], prompt_rows.solved
+    monkeypatch.setattr(
+        prompt_rows,
+        "solved",
+        lambda model, found, *rest, **named: seen.append(found) or real(model, found, *rest, **named),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_the_other_closed_forms_are_the_literal_solution_in_every_space(family, name, rows_of, tmp_path):
+    """One outer product at a time, for every weight by itself; and the edit moves the picture."""
+    config = CLOSED[name]
+    told = []
+    edit = getattr(ek, name).fit(
+        family, "garbage church", ["house"], anchor="dog", config=config, callback=told.append
+    )
+    (found,) = rows_of
+    first = {entry.space: entry for entry in reversed(text_entries(family))}
+    assert found.keys() == first.keys()  # no space is left open
+    assert [one["entry"] for one in told] == [
+        f"{family.denoiser_part}.{first[space].layer}" for space in found
+    ]
+    for space, given in found.items():
+        e = 1 / (2 if name == "trce" else len(given.sources))  # two prompts, each with the end tokens it has
+        p = {"mace": config.lambda_1 if name == "mace" else 0, "trce": 0.5 / 2, "realera": 1.0}[
+            name
+        ]  # two captions
+        t = edit.maps[f"{family.denoiser_part}.{first[space].layer}"]
+        w = (
+            family.denoiser.get_parameter(first[space].weight)
+            .detach()
+            .double()[:, slice(*first[space].columns)]
+        )
+        pairs = list(zip(given.sources, given.targets, strict=True))
+        expected = literal_erase(w, pairs, list(given.preserved), e, p, 0.1)
+        assert (t.apply_to_weight(w) - expected).norm() < 1e-4 * (
+            w - expected
+        ).norm()  # stored in single precision
+        assert (w - expected).norm() > 1e-4 * w.norm()  # control: the concept has somewhere to go
+    before = drawn(family, "garbage church", guidance=1.0)
+    with edit.applied(family):
+        assert np.abs(drawn(family, "garbage church", guidance=1.0) - before).max() > 0
+    edit.save(tmp_path / "edit.safetensors")
+    assert ek.Edit.load(tmp_path / "edit.safetensors").digest == edit.digest
+
+
+def test_where_the_tokens_of_two_prompts_stand(family):
+    """By the tokenizers: the phrase is the phrase, what stands beside reads alike in both prompts, the end follows."""
+    template = "an image of {} in ink style"
+    (entry,) = {e.space: e for e in text_entries(family) if not e.pooled}.values()
+    old, new, blank = (
+        prompt_rows.read(family, [entry], template.format(phrase)) for phrase in ("garbage church", "dog", "")
+    )
+    found = iter(prompt_rows.places(entry, old, new, blank))
+    count = 0
+    for part in old.encoded:
+        rows = [prompt_rows._located(entry, one, part) for one in (old, new)]
+        if not all(rows):
+            continue
+        at, count = next(found), count + 1
+        tokenizer = getattr(family.pipeline, part.replace("text_encoder", "tokenizer"))
+        ids = [
+            {row: one.encoded[part].ids[i] for i, row in where.items()}
+            for one, where in zip((old, new), rows, strict=True)
+        ]
+        read = lambda side, chosen, ids=ids, tokenizer=tokenizer: "".join(
+            tokenizer.decode([ids[side][row] for row in chosen]).lower().split()
+        )
+        assert (read(0, at.phrase[0]), read(1, at.phrase[1])) == ("garbagechurch", "dog")
+        beside = [read(side, at.beside[side]) for side in (0, 1)]
+        assert beside[0] == beside[1] and "imageof" in beside[0] and "inkstyle" in beside[0]
+        assert "church" not in beside[0] and "dog" not in beside[0]
+        for side in (0, 1):
+            assert at.end[side][0] > max(at.phrase[side])
+            assert all(
+                row < min(at.phrase[side]) for row in at.start[side]
+            )  # none where a template is cut off
+            between = read(side, range(max(at.phrase[side]) + 1, at.end[side][0]))
+            assert between.startswith("ininkstyl")  # the end may be the last letter
+    assert count >= 1 and next(found, None) is None
+    blank_rows = prompt_rows.places(entry, old, blank, blank)[0]
+    assert len(blank_rows.phrase[1]) == 1  # a blank phrase counts as the token before it
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_on_a_unet_the_traced_rows_are_those_of_the_method(model, name):
+    """The rows that the pipeline feeds, found by ids and content, against those that CLIP's tokenizer names."""
+    template = TEMPLATES["templates"][0]
+    old, new, blank = (template.format(phrase) for phrase in ("garbage church", "dog", ""))
+    (entry,) = {e.space: e for e in text_entries(model) if not e.pooled}.values()
+    prompts = [prompt_rows.read(model, [entry], text) for text in (old, new, blank)]
+    (at,) = prompt_rows.places(entry, *prompts)
+    rows = [one.rows[entry.space] for one in prompts]
+    if name == "mace":
+        expected = ek.mace.residue(model, [(old, new)])
+        found = rows[0][at.beside[0]], rows[1][at.beside[1]]
+    elif name == "trce":
+        expected = ek.trce.rows(model, [(old, "garbage church", new, "church")], CLOSED["trce"])
+        found = rows[0][at.end[0]], rows[1][at.end[1]]
+    else:
+        own = ek.realera.embedded(
+            model, ek.realera.aligned(model.tokenizer, template, "garbage church", "dog")
+        )
+        traced = ek.realera.entry_embedded(entry, *prompts)
+        expected, found = (
+            (own.e[own.rows], own.e_g[own.targets]),
+            (
+                traced.e[traced.rows],
+                traced.e_g[traced.targets],
+            ),
+        )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1.0)  # control: the two prompts differ
+
+
+def test_what_only_clip_can_say_is_refused_elsewhere():
+    flux = ek.load(tiny("flux"))
+    with pytest.raises(ValueError, match="choose toward_gaussian or shell"):
+        ek.realera.fit(flux, "church", config=dataclasses.replace(CLOSED["realera"], mode="subspace"))
+    with pytest.raises(ValueError, match="counts words as the code does"):
+        ek.trce.fit(flux, "church", config=dataclasses.replace(CLOSED["trce"], faithful=True))
+
+
 def test_closing_one_entry_leaves_the_other_open(pooled):
     """Rows of the tokens and the pooled row both carry the concept; only both closed draw the anchor."""
     church, dog = (drawn(pooled, prompt, guidance=1.0) for prompt in ("church", "dog"))

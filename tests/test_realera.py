@@ -155,7 +155,9 @@ def test_only_the_rows_meant_are_perturbed_and_never_the_start(shared_model, sco
 def test_agrees_with_the_literal_solution_of_every_layer(shared_model):
     pairs = [realera.aligned(shared_model.tokenizer, t, "church", "house") for t in ("{}", "a {}")]
     kept = shared_model.encode(["a dog", ""]).double().flatten(0, 1)
-    found = realera.closed(shared_model, pairs, [None, None], kept, SHORT, torch.Generator().manual_seed(3))
+    given = [(realera.embedded(shared_model, pair), None) for pair in pairs]
+    rows = realera.closed_rows(given, kept, SHORT, torch.Generator().manual_seed(3))
+    found = realera.closed(*rows, SHORT)
     generator, sources, targets, beyond = torch.Generator().manual_seed(3), [], [], []
     for pair in pairs:
         e, g = shared_model.encode([pair.prompt, pair.other]).double()

@@ -31,7 +31,7 @@ from peft import LoraConfig
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from erasekit import closed_form
+from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
 from erasekit.edits import Edit
@@ -41,6 +41,7 @@ from erasekit.retained import retained
 from erasekit.sampling import ddim, denoise
 from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check
 from erasekit.states import one_text_encoder
+from erasekit.text_entries import spaces
 from erasekit.tuning import descend, discard, telling, trainee
 
 
@@ -134,6 +135,25 @@ def residue(model: DiffusionModel, pairs: Sequence[tuple[str, str]]) -> tuple[Te
         sources.append(table[prompt][one])
         targets.append(table[other][two])
     return torch.cat(sources), torch.cat(targets)
+
+
+def entry_rows(
+    model: DiffusionModel, pairs: Sequence[tuple[str, str, str]], captions: Sequence[str], concepts: dict
+) -> dict[int, closed_form.Rows]:
+    """{space: rows} of the refinement in a model with other text entries than keys and values, from prompts with the
+    concept, with its mapping concept and with neither. A pooled row is that of an end token, which stands beside.
+    """
+    prompt, found = prompt_rows.reader(model), {}
+    kept = prompt_rows.preserved(model, prompt, captions)
+    for space, entry in spaces(model).items():
+        sources, targets = [], []
+        for texts in pairs:
+            old, new, blank = map(prompt, texts)
+            for at in prompt_rows.places(entry, old, new, blank):
+                sources.append(old.rows[space][at.beside[0]])
+                targets.append(new.rows[space][at.beside[1]])
+        found[space] = closed_form.Rows(torch.cat(sources), torch.cat(targets), kept[space], concepts)
+    return found
 
 
 def refine(sources: Tensor, targets: Tensor, preserved: Tensor | None, config: Config) -> ContextMap:
@@ -357,28 +377,35 @@ def fit(
     progress: bool = False,
     segment: Segment | None = None,
 ) -> Edit:
-    """Erase concepts; returns a weight_delta of the keys and values, or a context_map when config.lora is False.
+    """Erase concepts; returns a weight_delta of the keys and values, or a context_map when config.lora is False: then
+    also for models with other text entries, SDXL and transformers, as a text_maps Edit.
 
     anchor: the mapping concept, else the concept's own, else the config's. preserve: what captions are kept; when
     empty, all other concepts of the emoji world, or COCO's categories. segment: a segmentation model, given the
     pictures of a concept and its name, for masks instead of the attention's. callback: after stage 1 (step -1) rank,
     erase_residual and preserve_drift; in stage 2 step, loss and concept. generator, folder and errors as in `esd.fit`.
     """
-    config, erased, preserved, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
+    config, erased, preserved, generator = asked(
+        PRESETS, model, config, erase, preserve, anchor, generator, trains=lambda config: config.lora
+    )
     if config.lora:
         one_text_encoder(model)
     instead = anchors(erased, anchor, config.anchor)
     pairs = [
-        (fill(template, concept.name)[0], fill(template, other)[0])
+        (fill(template, concept.name)[0], fill(template, other)[0], fill(template, "")[0])
         for concept, other in zip(erased, instead, strict=True)
         for template in concept.templates or config.templates
     ]
     names, captions = retained(model, erased, preserved, config.keep_templates, null=True)
-    kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
-    sources, targets = residue(model, pairs)
-    first = refine(sources, targets, kept, config)
     concepts = {"erase": [one.name for one in erased], "anchor": instead, "preserve": names}
     named = dict(method="mace", config=config, concepts=concepts)
+    if not model.own_loop:
+        found = entry_rows(model, pairs, captions, concepts)
+        refined = lambda rows: refine(rows.sources, rows.targets, rows.preserved, config)
+        return prompt_rows.solved(model, found, refined, callback, -1, **named)
+    kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
+    sources, targets = residue(model, [pair[:2] for pair in pairs])
+    first = refine(sources, targets, kept, config)
     if callback is not None:
         given = closed_form.Rows(sources, targets, kept, concepts)
         callback({"step": -1, "rank": first.compressed(1e-7).rank, **closed_form.residuals(first, given)})

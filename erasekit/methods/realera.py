@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasekit import closed_form
+from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
 from erasekit.edits import Edit
@@ -36,6 +36,7 @@ from erasekit.models import DiffusionModel
 from erasekit.retained import retained
 from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check
 from erasekit.states import Picks, State, States, one_text_encoder
+from erasekit.text_entries import TextEntry, spaces
 from erasekit.tokens import as_text, vocabulary
 from erasekit.tuning import descend, discard, telling
 
@@ -304,38 +305,102 @@ def perturbed(
 # The two optimizations
 
 
-def closed(
-    model: DiffusionModel,
-    pairs: Sequence[Aligned],
-    bases: Sequence[Tensor | None],
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """Rows e and e_g, float64 (n, d), of a prompt with the concept and of the same with the mapping concept; which of
+    them stand beside the concept, paired; which are the concept's, and what those are mapped to.
+    """
+
+    e: Tensor
+    e_g: Tensor
+    beside: tuple[list[int], list[int]]
+    rows: list[int]
+    targets: list[int]
+
+
+def embedded(model: DiffusionModel, pair: Aligned) -> Embedded:
+    """The rows that keys and values of a UNet read."""
+    e, e_g = model.encode([pair.prompt, pair.other]).double().cpu()
+    beside = mace.beside(model.tokenizer, pair.prompt, pair.other)
+    return Embedded(e, e_g, beside, pair.rows, pair.targets)
+
+
+def entry_embedded(
+    entry: TextEntry, old: prompt_rows.Prompt, new: prompt_rows.Prompt, blank: prompt_rows.Prompt
+) -> Embedded:
+    """The rows that another text entry reads, the concept's in each of its text encoders; a pooled row is that of an
+    end token.
+    """
+    beside, rows, targets = ([], []), [], []
+    for at in prompt_rows.places(entry, old, new, blank):
+        beside[0].extend(at.beside[0])
+        beside[1].extend(at.beside[1])
+        own, theirs = at.phrase
+        rows += [*own, *at.end[0]]
+        targets += [theirs[-1 - min(i, len(theirs) - 1)] for i in reversed(range(len(own)))] + at.end[1]
+    space = entry.space
+    return Embedded(old.rows[space].cpu(), new.rows[space].cpu(), beside, rows, targets)
+
+
+def closed_rows(
+    given: Sequence[tuple[Embedded, Tensor | None]],
     preserved: Tensor | None,
     config: Config,
     generator: torch.Generator,
-) -> ContextMap:
-    """The closed form over the concept's rows, the words beside them (as in MACE), neighbours and beyond concepts."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sources and targets of the closed form: the concept's rows, the words beside them (as in MACE) and neighbours,
+    drawn in each prompt's basis; and what is held fast, preserved rows and beyond concepts, times the root of its
+    weight.
+    """
     sources, targets, beyond = [], [], []
-    for pair, basis in zip(pairs, bases, strict=True):
-        e, e_g = model.encode([pair.prompt, pair.other]).double().cpu()
-        one, two = mace.beside(model.tokenizer, pair.prompt, pair.other)
-        sources += [e[one], e[pair.rows]]
-        targets += [e_g[two], e_g[pair.targets]]
-        draw = lambda count, far, e=e, pair=pair, basis=basis: perturbed(
-            e, pair.rows, count, config, generator, basis=basis, far=far
-        )[:, pair.rows]
+    for one, basis in given:
+        e, e_g = one.e, one.e_g
+        sources += [e[one.beside[0]], e[one.rows]]
+        targets += [e_g[one.beside[1]], e_g[one.targets]]
+        draw = lambda count, far, e=e, one=one, basis=basis: perturbed(
+            e, one.rows, count, config, generator, basis=basis, far=far
+        )[:, one.rows]
         if config.neighbour:
             sources.append(draw(config.n, False).flatten(0, 1))
-            targets.append(e_g[pair.targets].repeat(config.n, 1))
+            targets.append(e_g[one.targets].repeat(config.n, 1))
         if config.beyond:
             beyond.append(draw(config.m, True).flatten(0, 1))
     kept = [config.lambda_p**0.5 * preserved.cpu()] if preserved is not None else []
     if beyond:
         beyond = torch.cat(beyond)
         kept.append((config.lambda_b / len(beyond)) ** 0.5 * beyond)
-    sources, targets = torch.cat(sources), torch.cat(targets)
+    return torch.cat(sources), torch.cat(targets), torch.cat(kept) if kept else None
+
+
+def closed(sources: Tensor, targets: Tensor, held: Tensor | None, config: Config) -> ContextMap:
+    """The map of the closed form, of what `closed_rows` gives."""
     return closed_form.solve(
-        sources, targets, torch.cat(kept) if kept else None, erase_scale=1 / len(sources), preserve_scale=1.0,
-        lam=config.lam,
-    )  # fmt: skip
+        sources, targets, held, erase_scale=1 / len(sources), preserve_scale=1.0, lam=config.lam
+    )
+
+
+def entry_rows(
+    model: DiffusionModel,
+    prompts: Sequence[tuple[str, str, str]],
+    captions: Sequence[str],
+    concepts: dict,
+    config: Config,
+    generator: torch.Generator,
+) -> dict[int, closed_form.Rows]:
+    """{space: rows} of the closed form in a model with other text entries than keys and values, from prompts with the
+    concept, with its mapping concept and with neither; `preserved` are all that is held fast, weighted.
+    """
+    if config.mode == "subspace" and config.neighbour:
+        raise ValueError(
+            "mode 'subspace' reads every word of CLIP's vocabulary, and this model has other text encoders: choose "
+            "toward_gaussian or shell"
+        )
+    prompt, found = prompt_rows.reader(model), {}
+    kept = prompt_rows.preserved(model, prompt, captions)
+    for space, entry in spaces(model).items():
+        given = [(entry_embedded(entry, *map(prompt, texts)), None) for texts in prompts]
+        found[space] = closed_form.Rows(*closed_rows(given, kept[space], config, generator), concepts)
+    return found
 
 
 def align(
@@ -434,18 +499,31 @@ def fit(
     progress: bool = False,
 ) -> Edit:
     """Erase concepts with their neighbours; returns a context_map for lora=False, else a weight_delta of keys and
-    values.
+    values. With lora=False also for models with other text entries, SDXL and transformers, as a text_maps Edit.
 
     anchor: the mapping concept, else the concept's own, else the config's. preserve: captions that are kept, and, in
     mode "subspace", siblings whose directions are taken out of it; when empty, all other concepts of the emoji world,
     or COCO's categories. callback: after the closed form (step -1) rank; in the LoRA step, loss, erase, near,
     far and concept. generator, folder and errors as in `esd.fit`.
     """
-    config, erased, preserved, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
+    config, erased, preserved, generator = asked(
+        PRESETS, model, config, erase, preserve, anchor, generator, trains=lambda config: config.lora
+    )
     if config.lora:
         one_text_encoder(model)
     instead = anchors(erased, anchor, config.anchor)
     names, captions = retained(model, erased, preserved, config.keep_templates, null=True)
+    concepts = {"erase": [one.name for one in erased], "anchor": instead, "preserve": names}
+    named = dict(method="realera", config=config, concepts=concepts)
+    if not model.own_loop:
+        prompts = [
+            tuple(fill(template, phrase)[0] for phrase in (concept.name, other, ""))
+            for concept, other in zip(erased, instead, strict=True)
+            for template in concept.templates or config.templates
+        ]
+        found = entry_rows(model, prompts, captions, concepts, config, generator)
+        solve = lambda rows: closed(rows.sources, rows.targets, rows.preserved, config)
+        return prompt_rows.solved(model, found, solve, callback, -1, **named)
     kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
     wanted = config.mode == "subspace" and config.neighbour
     own_basis = [subspace(model, concept, config, names) if wanted else None for concept in erased]
@@ -453,13 +531,15 @@ def fit(
         [aligned(model.tokenizer, t, concept.name, other) for t in concept.templates or config.templates]
         for concept, other in zip(erased, instead, strict=True)
     ]
-    concepts = {"erase": [one.name for one in erased], "anchor": instead, "preserve": names}
-    named = dict(method="realera", config=config, concepts=concepts)
 
     first = ContextMap.identity(kept.shape[1])
     if config.closed_form:
-        flat = [(pair, basis) for pairs, basis in zip(own_pairs, own_basis, strict=True) for pair in pairs]
-        first = closed(model, [p for p, _ in flat], [b for _, b in flat], kept, config, generator)
+        flat = [
+            (embedded(model, pair), basis)
+            for pairs, basis in zip(own_pairs, own_basis, strict=True)
+            for pair in pairs
+        ]
+        first = closed(*closed_rows(flat, kept, config, generator), config)
         if callback is not None:
             callback({"step": -1, "rank": first.compressed(1e-7).rank})
     if not config.lora:

@@ -31,7 +31,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from erasekit import closed_form, states
+from erasekit import closed_form, prompt_rows, states
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import (
     Concept,
@@ -49,6 +49,7 @@ from erasekit.retained import retained
 from erasekit.sampling import ddim, walk
 from erasekit.settings import EMOJI_TEMPLATES, asked, check
 from erasekit.states import States, cached, one_text_encoder
+from erasekit.text_entries import spaces
 from erasekit.tuning import descend, difference, trainee
 
 Token = Literal["sot", "key", "eot", "last", "all"]
@@ -218,6 +219,53 @@ def rows(
     return torch.cat(sources), torch.cat(targets)
 
 
+def entry_rows(
+    model: DiffusionModel,
+    given: Sequence[tuple[str, str, str, str]],
+    captions: Sequence[str],
+    concepts: dict,
+    config: Config,
+) -> dict[int, closed_form.Rows]:
+    """{space: rows} of stage 1 in a model with other text entries than keys and values. Of several text encoders each
+    has its end token; one that has none (a language model) gathers the sentence in its last token. A pooled row is
+    "eot" and "last".
+    """
+    if config.faithful:
+        raise ValueError(
+            "faithful counts words as the code does for CLIP, which is not all this model reads: drop it"
+        )
+    prompt, found = prompt_rows.reader(model), {}
+    kept = prompt_rows.preserved(model, prompt, captions)
+    for space, entry in spaces(model).items():
+        sources, targets = [], []
+        for malicious, phrase, safe, _ in given:
+            old, new, blank = map(prompt, (malicious, safe, malicious.replace(phrase, "", 1)))
+            for token in config.tokens:
+                if token == "all":
+                    taken = [prompt_rows.paired(entry, old, new, blank, "all")]
+                else:
+                    taken = [
+                        (old.rows[space][i], new.rows[space][j].expand(len(i), -1))
+                        for i, j in (
+                            _entry_token(at, token) for at in prompt_rows.places(entry, old, new, blank)
+                        )
+                        if i and j
+                    ]
+                sources += [source for source, _ in taken]
+                targets += [target for _, target in taken]
+        if sources:
+            found[space] = closed_form.Rows(torch.cat(sources), torch.cat(targets), kept[space], concepts)
+    if not found:
+        raise ValueError(f"no text entry of this model reads tokens of the kind {config.tokens}: take 'eot'")
+    return found
+
+
+def _entry_token(at: prompt_rows.Places, token: Token) -> tuple[list[int], list[int]]:
+    if token == "key":
+        return at.phrase[0], at.last[1]
+    return {"sot": at.start, "eot": at.end, "last": at.last}[token]
+
+
 def solve(
     sources: Tensor,
     targets: Tensor,
@@ -353,14 +401,24 @@ def fit(
     progress: bool = False,
 ) -> Edit:
     """Erase concepts in both stages, or in one; returns a context_map Edit for stages="text", else a weight_delta that
-    holds the map as its first stage (`Edit.first_stage`).
+    holds the map as its first stage (`Edit.first_stage`). stages="text" also for models with other text entries, SDXL
+    and transformers, as a text_maps Edit; an entry that reads none of `tokens` (a pooled one no "key") stays as it is.
 
     anchor: the safe phrase. preserve: what captions are kept in stage 1; when empty, all other concepts of the emoji
     world, or COCO's categories. callback: after stage 1 (step -1) rank and the relative residuals of the erased rows
     and of the preserved ones; in stage 2 at every iteration step, loss, erase, keep, and active, the share of rows with
     a gradient. generator, folder and errors as in `esd.fit`.
     """
-    config, erased, preserved, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
+    config, erased, preserved, generator = asked(
+        PRESETS,
+        model,
+        config,
+        erase,
+        preserve,
+        anchor,
+        generator,
+        trains=lambda config: config.stages != "text",
+    )
     if config.stages != "text":
         one_text_encoder(model)
     instead = anchor.name if isinstance(anchor, Concept) else anchor
@@ -379,6 +437,12 @@ def fit(
     if config.stages != "trajectory":
         names, captions = retained(model, about, preserved, config.keep_templates, null=True)
         concepts["preserve"] = names
+        if not model.own_loop:
+            found = entry_rows(model, given, captions, concepts, config)
+            stage = lambda rows: solve(
+                rows.sources, rows.targets, rows.preserved, config, len(given), len(captions)
+            )
+            return prompt_rows.solved(model, found, stage, callback, -1, **named)
         kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
         sources, targets = rows(model, given, config)
         first = solve(sources, targets, kept, config, len(given), len(captions))

@@ -30,7 +30,7 @@ from erasekit.concepts import Concept, check_templates, fill, slot_token
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
 from erasekit.settings import EMOJI_CAPTIONS, anchors, apart, asked
-from erasekit.text_entries import text_entries
+from erasekit.text_entries import spaces
 
 Tokens = Literal["last_subject", "last_to_end", "all"]
 Entries = Literal["both", "sequence", "pooled"]
@@ -152,24 +152,16 @@ def entry_rows(
     Every distinct prompt is encoded once. Errors as in `fit`.
     """
     slots, keep, concepts = _asked(erased, preserved, anchor, config)
-    pairs, every = slots(config.templates), text_entries(model)
-    spaces = {entry.space: entry for entry in reversed(every)}  # the first entry of each
+    pairs, first = slots(config.templates), spaces(model)
     wanted = {"both": (True, False), "pooled": (True,), "sequence": (False,)}[config.entries]
-    chosen = [entry for _, entry in sorted(spaces.items()) if entry.pooled in wanted]
+    chosen = [entry for _, entry in sorted(first.items()) if entry.pooled in wanted]
     if not chosen:
         raise ValueError(
             f"{type(model.denoiser).__name__} has no text entry of the kind {config.entries!r}: it reads "
-            f"{', '.join(sorted({entry.reads for entry in every}))}"
+            f"{', '.join(sorted({entry.reads for entry in first.values()}))}"
         )
-    known: dict[str, prompt_rows.Prompt] = {}
-
-    def prompt(template: str, phrase: str) -> prompt_rows.Prompt:
-        text = fill(template, phrase)[0]
-        if text not in known:
-            known[text] = prompt_rows.read(model, chosen, text)
-        return known[text]
-
-    found = {}
+    read, found = prompt_rows.reader(model), {}
+    prompt = lambda template, phrase: read(fill(template, phrase)[0])
     for entry in chosen:
         both = [
             prompt_rows.paired(entry, prompt(t, phrase), prompt(t, instead), prompt(t, ""), config.tokens)
@@ -212,16 +204,8 @@ def fit(
     )
     if not one_map(model, config):
         found = entry_rows(model, erased, preserved, anchor, config)
-        maps = {space: solve(given, config) for space, given in found.items()}
-        concepts = next(iter(found.values())).concepts
-        edit = Edit.from_text_maps(
-            maps, text_entries(model), model, method="uce", config=config, concepts=concepts
-        )
-        for (name, small), (space, given) in zip(edit.maps.items(), found.items(), strict=True):
-            if callback is not None:
-                state = {"entry": name, "rank": small.rank}
-                callback({"step": 0, **state, **closed_form.residuals(maps[space], given)})
-        return edit
+        named = dict(method="uce", config=config, concepts=next(iter(found.values())).concepts)
+        return prompt_rows.solved(model, found, lambda rows: solve(rows, config), callback, 0, **named)
     given = rows(model, erased, preserved, anchor, config)
     context_map = solve(given, config)
     edit = Edit.from_context_map(context_map, model, method="uce", config=config, concepts=given.concepts)
