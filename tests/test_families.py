@@ -474,47 +474,41 @@ CLOSED = {
 
 
 @pytest.fixture
-def rows_of(monkeypatch):
-    """Every {space: rows} that a closed form is solved for."""
+def solved(monkeypatch):
+    """What every closed form is solved for, {space: rows}, and its solver."""
     seen, real = [], prompt_rows.solved
-    monkeypatch.setattr(
-        prompt_rows,
-        "solved",
-        lambda model, found, *rest, **named: seen.append(found) or real(model, found, *rest, **named),
-    )
+
+    def spy(model, found, solve, *rest, **named):
+        seen.append((found, solve))
+        return real(model, found, solve, *rest, **named)
+
+    monkeypatch.setattr(prompt_rows, "solved", spy)
     return seen
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_the_other_closed_forms_are_the_literal_solution_in_every_space(family, name, rows_of, tmp_path):
+def test_the_other_closed_forms_are_the_literal_solution_in_every_space(family, name, solved, tmp_path):
     """One outer product at a time, for every weight by itself; and the edit moves the picture."""
-    config = CLOSED[name]
-    told = []
-    edit = getattr(ek, name).fit(
-        family, "garbage church", ["house"], anchor="dog", config=config, callback=told.append
-    )
-    (found,) = rows_of
+    config, told = CLOSED[name], []
+    asked = dict(anchor="dog", config=config, callback=told.append)
+    edit = getattr(ek, name).fit(family, "garbage church", ["house"], **asked)
+    ((found, solve),) = solved
     first = {entry.space: entry for entry in reversed(text_entries(family))}
     assert found.keys() == first.keys()  # no space is left open
-    assert [one["entry"] for one in told] == [
-        f"{family.denoiser_part}.{first[space].layer}" for space in found
-    ]
-    for space, given in found.items():
-        e = 1 / (2 if name == "trce" else len(given.sources))  # two prompts, each with the end tokens it has
-        p = {"mace": config.lambda_1 if name == "mace" else 0, "trce": 0.5 / 2, "realera": 1.0}[
-            name
-        ]  # two captions
-        t = edit.maps[f"{family.denoiser_part}.{first[space].layer}"]
-        w = (
-            family.denoiser.get_parameter(first[space].weight)
-            .detach()
-            .double()[:, slice(*first[space].columns)]
-        )
+    names = {space: f"{family.denoiser_part}.{first[space].layer}" for space in found}
+    assert [one["entry"] for one in told] == list(names.values())
+    held = {"mace": 0.5, "trce": 0.5 / 2, "realera": 1.0}[name]  # TRCE's is a mean over two captions
+    for entry in text_entries(family):
+        given, t = found[entry.space], edit.maps[names[entry.space]]
+        weight = 1 / (2 if name == "trce" else len(given.sources))  # and over two prompts
+        w = family.denoiser.get_parameter(entry.weight).detach().double()[:, slice(*entry.columns)]
         pairs = list(zip(given.sources, given.targets, strict=True))
-        expected = literal_erase(w, pairs, list(given.preserved), e, p, 0.1)
-        assert (t.apply_to_weight(w) - expected).norm() < 1e-4 * (
-            w - expected
-        ).norm()  # stored in single precision
+        expected = literal_erase(w, pairs, list(given.preserved), weight, held, 0.1)
+        error = lambda one, w=w, expected=expected: (
+            (one.apply_to_weight(w) - expected).norm() / expected.norm()
+        )
+        assert error(solve(given)) < 1e-6
+        assert error(t) < 2e-5  # an edit holds its factors in single precision
         assert (w - expected).norm() > 1e-4 * w.norm()  # control: the concept has somewhere to go
     before = drawn(family, "garbage church", guidance=1.0)
     with edit.applied(family):
