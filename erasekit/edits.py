@@ -309,8 +309,8 @@ class Edit:
             owner = uncompiled(model.pipeline.components[part]).get_submodule(".".join(path))
             if part not in ("unet", "transformer") or type(owner) is not nn.Linear:
                 raise ValueError(
-                    f"{name} cannot become a LoRA: only weights of the denoiser's Linear layers can. Use `merged` and save "
-                    "the model, or train parameters that can (ESD: parameters='x-strict' or 'x')"
+                    f"{name} cannot become a LoRA: only weights of the denoiser's Linear layers can. Use `merged` "
+                    "and save the model, or train parameters that can (ESD: parameters='x-strict' or 'x')"
                 )
             if kind == "bias":
                 biases[stem] = delta

@@ -144,7 +144,7 @@ class Recorded:
             handle.remove()
         raise ValueError(
             f"{type(pipeline).__name__} ended before step {last + 1} of {self.sampler}: it draws with another module "
-            f"than its {type(denoiser).__name__}, or with fewer steps; give it a scheduler that takes as many as it is asked"
+            f"than its {type(denoiser).__name__}, or its scheduler takes fewer steps than asked for: give another"
         )
 
 

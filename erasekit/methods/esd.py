@@ -17,9 +17,9 @@ whatever the pipeline feeds for them [code, 2025: the prompt "" is encoded, not 
 
 Transformers that learn a flow (SD 3, FLUX.1) predict a velocity. With x_s = (1 - s) x_0 + s e, s from 1 (noise e) to 0
 (picture x_0), it is v = dx_s / ds = e - x_0. Given x_s, e = x_s + (1 - s) v: noise and velocity are affine in each
-other, with the same slope and offset for every prompt. In y the weights of the predictions sum to 1 (1 + eta - eta), and
-so do those of guidance (w and 1 - w). Both therefore commute with this change of variables: v put in the place of eps
-gives the same target, and the losses differ by a factor alone,
+other, with the same slope and offset for every prompt. In y the weights of the predictions sum to 1 (1 + eta - eta),
+and so do those of guidance (w and 1 - w). Both therefore commute with this change of variables: v put in the place of
+eps gives the same target, and the losses differ by a factor alone,
 
     y_v = v*(x_s, 0) - eta ( v*(x_s, c) - v*(x_s, 0) ),  y = x_s + (1 - s) y_v,  ||eps - y||^2 = (1 - s)^2 ||v - y_v||^2
 
@@ -30,8 +30,8 @@ weight is put on the loss (ours).
 FLUX.1-dev reads its guidance as a number g and has no negative branch: its v_g(x, c) stands for v_1(x, 0) +
 g ( v_1(x, c) - v_1(x, 0) ). x_s is drawn with g = `guidance`, and the predictions of the target, and the one that is
 trained, are all made at this g, where pictures are drawn (ours). So far as the model does what it stands for, v_g(x, 0)
-is v_1(x, 0), and y has eta g in the place of eta. The authors' script for FLUX.1, of which a copy was read, draws x_s at
-3.5 and predicts at g = 1.
+is v_1(x, 0), and y has eta g in the place of eta. The authors' script for FLUX.1, of which a copy was read, draws x_s
+at 3.5 and predicts at g = 1.
 
 Notation (code -> paper or code of the authors):
 
@@ -71,10 +71,9 @@ class Config:
     parameters: which of the denoiser's are trained: "x" (cross-attention), "u" (all but cross-attention, time embedding
     and output), "x-strict" (its keys and values), "self" (self-attention), "full". Where text and picture share their
     attention, as in SD 3 and FLUX.1: "x" (its linear layers), "x-strict" (those of keys and values), "full".
-    iterations, lr, batch: of Adam.
-    templates: prompts with one {} for the concept; each row of a batch draws one. states: where x_t comes from.
-    "trained": anew at every update, by the model in training [code, 2023]; "frozen": anew, by the frozen model [code,
-    2025]; "cached": by the frozen model, each trajectory computed once and all its points used again (ours). noises:
+    iterations, lr, batch: of Adam. templates: prompts with one {} for the concept; each row of a batch draws one.
+    states: where x_t comes from. "trained": anew at every update, by the model in training [code, 2023]; "frozen": anew,
+    by the frozen model [code, 2025]; "cached": by the frozen model, each trajectory computed once and all its points used again (ours). noises:
     noise seeds for each prompt, all that "cached" keeps; None for a new one at every update. faithful: the noise level
     of the code of 2023, where x_t is two sampler steps cleaner than the time step that the UNet is told; of Stable
     Diffusion 1 and 2 alone. pixels: height and width of the pictures that x_t leads to, the model's own if None, which
@@ -138,9 +137,9 @@ def fit(
     preserve: not used, ESD has no term for it; a warning says so. anchor: what the concept is erased from, "a painting"
     for a painter; the concept itself if None. config: None takes the preset of the model ("emoji",
     "sd14-object", "sdxl", or "flux" for a transformer). generator: seed 0 if None. callback: step and loss at every
-    update. folder: of the checkpoints, from which an interrupted call with the same arguments goes on. Raises ValueError
-    for unknown concepts and nothing to erase, for a pipeline that cannot be trained so, and where training changed no
-    weight; FloatingPointError for a loss that is not finite (the last good state stays).
+    update. folder: of the checkpoints, from which an interrupted call with the same arguments goes on. Raises
+    ValueError for unknown concepts and nothing to erase, for a pipeline that cannot be trained so, and where training
+    changed no weight; FloatingPointError for a loss that is not finite (the last good state stays).
     """
     config, erased, _, generator = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, families=True
