@@ -75,9 +75,9 @@ class Config:
     states: where x_t comes from. "trained": anew at every update, by the model in training [code, 2023]; "frozen":
     anew, by the frozen model [code, 2025]; "cached": by the frozen model, each trajectory computed once and all its
     points used again (ours). noises: noise seeds for each prompt, all that "cached" keeps; None for a new one at every
-    update. faithful: the noise level of the code of 2023, where x_t is two sampler steps cleaner than the time step that
-    the UNet is told; of Stable Diffusion 1 and 2 alone. pixels: height and width of the pictures that x_t leads to, the model's own if None, which
-    they always are of Stable Diffusion 1 and 2.
+    update. faithful: the noise level of the code of 2023, where x_t is two sampler steps cleaner than the time step
+    that the UNet is told; of Stable Diffusion 1 and 2 alone. pixels: height and width of the pictures that x_t leads
+    to, the model's own if None, which they always are of Stable Diffusion 1 and 2.
     """
 
     eta: float = 1.0
