@@ -25,7 +25,7 @@ from erasekit import pipelines, prompt_rows, settings
 from erasekit.closed_form import ContextMap
 from erasekit.layers import cross_attention_kv, denoiser_parameters
 from erasekit.recorded import Recorded
-from erasekit.text_entries import text_entries
+from erasekit.text_entries import leaves, text_entries
 
 
 def text_config(tokenizer, width: int, **changes) -> CLIPTextConfig:
@@ -733,6 +733,51 @@ def test_esd_trains_every_family_or_says_why_not(family):
     with edit.applied(family):
         changed = {n for n, p in family.denoiser.named_parameters() if not torch.equal(p, before[n])}
     assert changed and changed <= set(wanted)
+
+
+def test_text_is_swapped_as_the_pipeline_of_a_family_would(family):
+    """Guidance away from the empty prompt predicts with both texts at one state: so does a recorded call with each."""
+    if "callback_on_step_end" not in pipelines.known(family.pipeline.__call__):
+        return
+    way, steps, rows = points(family), [], []
+
+    def keep(module, args, kwargs, output):
+        for _, one in leaves(output):  # a batch, or a list of pictures
+            batch = len(args[0]) if isinstance(args[0] if args else None, list) else len(one)
+            rows.extend((len(steps), row.flatten()) for row in (one if batch == len(one) else one[None]))
+
+    def count(pipe, i, t, tensors):
+        steps.append(i)
+        return {}
+
+    side = max(32, 8 * family.pipeline.vae_scale_factor)
+    handle = family.denoiser.register_forward_hook(keep, with_kwargs=True)
+    try:
+        pipelines.run(
+            family.pipeline, prompt=["a church"], height=side, width=side, num_inference_steps=4,
+            generator=[torch.Generator().manual_seed(11 + 1)], output_type="latent", callback_on_step_end=count,
+            **pipelines.guided(family.pipeline, family.denoiser, 3.0, None),
+        )  # fmt: skip
+    finally:
+        handle.remove()
+    far = {"a church": [], "": [], OTHER: []}
+    for step in (0, 2):
+        own, state = [row for when, row in rows if when == step], way.at(0, 1, 3 - step)
+        with torch.no_grad():
+            for text, distances in far.items():
+                one = way.predict(family.denoiser, state, text)
+                distances.append(min(float((one - row).norm() / one.norm()) for row in own))
+    print(type(family.pipeline).__name__, far)
+    assert max(far["a church"]) < 1e-4 and max(far[OTHER]) > 1e-3  # the second is the control
+    if type(family.pipeline).__name__ not in NOT_FROM_EMPTY:
+        assert max(far[""]) < 1e-4 and len(own) == 2
+
+
+# SDXL leads away from zeros, Qwen-Image from " ", Sana and Lumina 2 from "" without the instructions that stand before every
+# prompt, and FLUX.1 reads its guidance as a number.
+NOT_FROM_EMPTY = (
+    "StableDiffusionXLPipeline", "QwenImagePipeline", "SanaPipeline", "Lumina2Pipeline", "FluxPipeline"
+)  # fmt: skip
 
 
 def losses_of(model, config) -> list[float]:

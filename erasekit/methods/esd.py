@@ -13,7 +13,9 @@ prompt f, whose x_t these then are [code]:
 which with f = c is the loss above.
 
 Stable Diffusion XL has the same loss, with pooled text and sizes beside the embeddings; c, f and the empty prompt are
-whatever the pipeline feeds for them [code, 2025: the prompt "" is encoded, not replaced by zeros].
+whatever the pipeline feeds for them [code, 2025: the prompt "" is encoded, not replaced by zeros]. So it is in every
+family (ours), also where guidance leads away from something else: zeros (SDXL), " " (Qwen-Image), or no instructions
+before the prompt (Sana, Lumina 2).
 
 Transformers that learn a flow (SD 3, FLUX.1) predict a velocity. With x_s = (1 - s) x_0 + s e, s from 1 (noise e) to 0
 (picture x_0), it is v = dx_s / ds = e - x_0. Given x_s, e = x_s + (1 - s) v: noise and velocity are affine in each
