@@ -768,13 +768,13 @@ def test_text_is_swapped_as_the_pipeline_of_a_family_would(family):
                 one = way.predict(family.denoiser, state, text)
                 distances.append(min(float((one - row).norm() / one.norm()) for row in own))
     print(type(family.pipeline).__name__, far)
-    assert max(far["a church"]) < 1e-4 and max(far[OTHER]) > 1e-3  # the second is the control
+    assert max(far["a church"]) < 1e-3 and max(far[OTHER]) > 5e-3  # the second is the control
     if type(family.pipeline).__name__ not in NOT_FROM_EMPTY:
-        assert max(far[""]) < 1e-4 and len(own) == 2
+        assert max(far[""]) < 1e-3 and len(own) == 2
 
 
-# SDXL leads away from zeros, Qwen-Image from " ", Sana and Lumina 2 from "" without the instructions that stand before every
-# prompt, and FLUX.1 reads its guidance as a number.
+# SDXL leads away from zeros, Qwen-Image from " ", Sana and Lumina 2 from "" without their instructions before it,
+# and FLUX.1 reads its guidance as a number.
 NOT_FROM_EMPTY = (
     "StableDiffusionXLPipeline", "QwenImagePipeline", "SanaPipeline", "Lumina2Pipeline", "FluxPipeline"
 )  # fmt: skip
