@@ -280,7 +280,8 @@ class Edit:
         of at most `error` (Frobenius norm) is left out, by default what single precision does not hold. Changed biases
         go along as `lora_B.bias` (diffusers 0.30 does not read it, 0.35 does). Needs the base weights: `model`, or a
         model in memory with the same fingerprint, or the edit's source, loaded again. Raises ValueError when none is
-        at hand, for a delta of something other than a UNet Linear, and for a pipeline that reads no LoRA (PixArt).
+        at hand, for a delta of something other than a Linear of the denoiser, and for a pipeline that reads no LoRA
+        (PixArt).
         """
         if not 0 <= error < 1:
             raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")
@@ -306,10 +307,10 @@ class Edit:
             stem, _, kind = name.rpartition(".")
             part, *path = stem.split(".")
             owner = uncompiled(model.pipeline.components[part]).get_submodule(".".join(path))
-            if part != "unet" or type(owner) is not nn.Linear:
+            if part not in ("unet", "transformer") or type(owner) is not nn.Linear:
                 raise ValueError(
-                    f"{name} cannot become a LoRA: only weights of UNet Linear layers can. Use `merged` and save the "
-                    "model, or train parameters that can (ESD: parameters='x-strict' or 'x')"
+                    f"{name} cannot become a LoRA: only weights of the denoiser's Linear layers can. Use `merged` "
+                    "and save the model, or train parameters that can (ESD: parameters='x-strict' or 'x')"
                 )
             if kind == "bias":
                 biases[stem] = delta

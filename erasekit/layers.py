@@ -217,7 +217,7 @@ def unet_parameters(unet: nn.Module, which: str) -> list[str]:
     embedding and the last convolution; "self": self-attention; "full": everything. And TRCE's "visual":
     self-attention and the queries of cross-attention. ValueError for another name.
     """
-    outside = ("time_embedding.", "conv_out.")
+    outside = ("time_embedding.", "conv_out.", "time_embed.", "proj_out.")  # the latter two of Sana
     chosen = {
         "x": lambda name: ".attn2." in name,
         "x-strict": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
@@ -231,6 +231,41 @@ def unet_parameters(unet: nn.Module, which: str) -> list[str]:
     names = [name for name, _ in unet.named_parameters() if chosen[which](name)]
     if not names:
         raise ValueError(f"no parameters {which!r} in {type(unet).__name__}: expected a diffusers UNet")
+    return names
+
+
+ATTENTION = ("attn", "attention")
+
+
+def denoiser_parameters(denoiser: nn.Module, which: str) -> list[str]:
+    """Names of the parameters of a UNet or a transformer that a method trains.
+
+    Where text is read by cross-attention (UNets, Sana) those of `unet_parameters`. Where text and picture attend in one
+    softmax (SD 3, FLUX.1) no layer of attention is the text's alone: "x" is then every linear layer of attention, as in
+    ESD's code for FLUX; "x-strict" its keys and values, those of the text's own stream with them (ours); "full"
+    everything. ValueError for another name.
+    """
+    if any(".attn2." in name for name, _ in denoiser.named_parameters()):
+        return unet_parameters(denoiser, which)
+    last = ("to_k", "to_v", "add_k_proj", "add_v_proj")
+    inside = {
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear) and any(part in ATTENTION for part in name.split("."))
+    }
+    chosen = {
+        "x": lambda owner: owner in inside,
+        "x-strict": lambda owner: owner in inside and owner.endswith(last),
+        "full": lambda owner: True,
+    }
+    if which not in chosen:
+        raise ValueError(
+            f"parameters must be one of {', '.join(chosen)} in a {type(denoiser).__name__}, where text and picture "
+            f"share their attention, got {which!r}"
+        )
+    names = [name for name, _ in denoiser.named_parameters() if chosen[which](name.rpartition(".")[0])]
+    if not names:
+        raise ValueError(f"no parameters {which!r} in {type(denoiser).__name__}: train 'full'")
     return names
 
 

@@ -36,8 +36,11 @@ def check(config, **least) -> None:
 
 
 def chosen(presets: Mapping, model: DiffusionModel, config, other: str):
-    """`config`, or the preset of the model's world, or where there is none that of the name `other`."""
-    return config or presets[model.preset if model.preset in presets else other]
+    """`config`, or the preset of the model's world, of its family ("sdxl", and "flux" for every transformer), or where
+    there is none that of the name `other`.
+    """
+    family = None if model.own_loop else {"unet": "sdxl", "transformer": "flux"}[model.denoiser_part]
+    return config or next(presets[name] for name in (model.preset, family, other) if name in presets)
 
 
 def asked(
@@ -50,21 +53,22 @@ def asked(
     generator: torch.Generator | None,
     *,
     trains: bool | Callable = True,
+    families: bool = False,
 ) -> tuple:
     """What a `fit` is asked for: settings, concepts to erase, concepts to preserve, and the generator, seed 0 if None.
 
-    config None: the preset of the model's world, or "sd14-object". trains: whether the method trains, or a function
-    that says whether it does with these settings. ValueError for a model that cannot be edited, or, of a `fit` that
-    trains, not be trained as it was loaded or without a UNet, for nothing to erase, and for names that are unknown to
-    the world, the anchor's as well.
+    config None: the preset of the model's world or family, or "sd14-object". trains: whether the method trains, or a
+    function that says whether it does with these settings. ValueError for a model that cannot be edited, or, of a `fit`
+    that trains, not be trained as it was loaded or, unless it knows all `families`, without a UNet, for nothing to
+    erase, and for names that are unknown to the world, the anchor's as well.
     """
     config = chosen(presets, model, config, "sd14-object")
     trains = trains(config) if callable(trains) else trains
-    if trains and model.denoiser_part != "unet":
+    if trains and not families and model.denoiser_part != "unet":
         raise ValueError(
             f"this method trains the UNet of Stable Diffusion 1 or 2, and {type(model.pipeline).__name__} has a "
-            f"{type(model.denoiser).__name__}: erase by a closed form instead (uce, rece, mace and realera with "
-            "lora=False, trce with stages='text')"
+            f"{type(model.denoiser).__name__}: erase by a closed form (uce, rece, mace and realera with lora=False, trce "
+            "with stages='text') or by esd instead"
         )
     model.check_fit()
     if trains and model.dtype is torch.float16 and model.device.type == "cpu":

@@ -250,4 +250,6 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 def one_text_encoder(model: DiffusionModel) -> None:
     """ValueError for a model with two text encoders."""
     if getattr(model.pipeline, "text_encoder_2", None) is not None:
-        raise ValueError("this method knows one text encoder; SDXL has two: erase by a closed form instead")
+        raise ValueError(
+            "this method knows one text encoder; SDXL has two: erase by a closed form or by esd instead"
+        )

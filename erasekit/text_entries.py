@@ -73,15 +73,15 @@ def text_entries(model: DiffusionModel) -> tuple[TextEntry, ...]:
             for path, one in leaves(base)
             if one.is_floating_point()
             and one.unique().numel() > 2  # a mask has two values
-            and _differs(one, _at(other_prompt, path))
+            and differs(one, at(other_prompt, path))
         ]
         if not text:
             raise ValueError(
                 f"{type(model.pipeline).__name__} feeds the same to its denoiser, whatever the prompt: there is no "
                 "text to edit"
             )
-        swapped = _replaced(base, {path: _at(base, path).roll(1, -1) for path in text})
-        moved = _replaced(other_picture, {path: _at(base, path) for path in text})
+        swapped = replaced(base, {path: at(base, path).roll(1, -1) for path in text})
+        moved = replaced(other_picture, {path: at(base, path) for path in text})
         model._text_entries = trace(model.denoiser, base, swapped, moved)
     return model._text_entries
 
@@ -99,7 +99,7 @@ def trace(denoiser: nn.Module, base: Call, other_text: Call, other_picture: Call
     picture and another time. ValueError as in `text_entries`.
     """
     name = type(denoiser).__name__
-    text = {path: one for path, one in leaves(base) if _differs(one, _at(other_text, path))}
+    text = {path: one for path, one in leaves(base) if differs(one, at(other_text, path))}
     read, plain = _digests(denoiser, base)
     by_text, changed = _digests(denoiser, other_text)
     by_picture, _ = _digests(denoiser, other_picture)
@@ -185,7 +185,7 @@ def _cut(denoiser: nn.Module, call: Call, kept: _Kept) -> tuple[dict[str, Tensor
     def hold(name, module, args, output):
         turn = times[name]
         times[name] += 1
-        if _differs(kept.inputs[name][turn], args[0]):
+        if differs(kept.inputs[name][turn], args[0]):
             seen.setdefault(name, args[0])
         return kept.outputs[name][turn]
 
@@ -286,7 +286,7 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from leaves(one, (*path, index))
 
 
-def _at(value: Any, path: Path) -> Any:
+def at(value: Any, path: Path) -> Any:
     """What stands at a path, None where there is nothing."""
     for step in path:
         try:
@@ -296,18 +296,18 @@ def _at(value: Any, path: Path) -> Any:
     return value
 
 
-def _replaced(value: Any, new: Mapping[Path, Tensor], path: Path = ()) -> Any:
+def replaced(value: Any, new: Mapping[Path, Tensor], path: Path = ()) -> Any:
     """The same nest with other tensors at some paths."""
     if path in new:
         return new[path]
     if isinstance(value, Mapping):
-        return {key: _replaced(one, new, (*path, key)) for key, one in value.items()}
+        return {key: replaced(one, new, (*path, key)) for key, one in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_replaced(one, new, (*path, index)) for index, one in enumerate(value))
+        return type(value)(replaced(one, new, (*path, index)) for index, one in enumerate(value))
     return value
 
 
-def _differs(one: Tensor, other: Any) -> bool:
+def differs(one: Tensor, other: Any) -> bool:
     return not isinstance(other, Tensor) or one.shape != other.shape or not torch.equal(one, other)
 
 

@@ -74,7 +74,7 @@ def descend(
         with mixed(model):
             return loss(step, generator)
 
-    with frozen(model.unet, model.text_encoder), channels_last(model.unet):
+    with frozen(model.denoiser, model.text_encoder), channels_last(model.denoiser):
         optimize(
             method, module, careful, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
             betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=clip, decay=0.0,

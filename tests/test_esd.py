@@ -12,6 +12,7 @@ from erasekit import models
 from erasekit.layers import unet_parameters
 from erasekit.methods import esd
 from erasekit.states import STATE, Picks, State, States, cached
+from erasekit.tuning import descend, difference, trainee
 
 SHORT = esd.Config(
     iterations=4, lr=1e-3, batch=2, sampler=5, noises=2, states="cached", templates=("{}", "a {}")
@@ -279,6 +280,35 @@ def test_erased_from_something_else_agrees_with_the_literal_algorithm(shared_mod
         wanted.append(float(loss.detach()))
     assert found == pytest.approx(wanted, rel=1e-4)
     assert edit.metadata["concepts"] == {"erase": ["church"], "anchor": ["house"], "preserve": []}
+
+
+@pytest.mark.parametrize("source", ["trained", "frozen", "cached"])
+def test_stable_diffusion_is_trained_to_the_bit_by_states(shared_model, source, tmp_path):
+    """What other families need changes nothing here: losses and edit are those of this loop, bit for bit."""
+    config = dataclasses.replace(SHORT, states=source)
+    found, edit = losses(shared_model, config, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    unet = trainee(shared_model.unet, unet_parameters(shared_model.unet, "x"))
+    prompts = ["church", "a church"]
+    points = States(
+        shared_model, prompts, int(torch.randint(2**31, (), generator=generator)), 3.0, 5, source, 2,
+        walker=unet if source == "trained" else None,
+    )  # fmt: skip
+    wanted = []
+
+    def loss(step, generator):
+        prompt = torch.randint(2, (config.batch,), generator=generator)
+        state = points.at(points.pick(prompt, generator))
+        text = points.text[prompt]
+        out = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
+        wanted.append((out.float() - state.target(config.eta).float()).square().mean())
+        return {"loss": wanted[-1]}
+
+    descend("own", shared_model, unet, loss, config, prompts, generator, None, tmp_path / "own", False)
+    assert found == [float(one.detach()) for one in wanted]
+    for name, tensor in difference(unet, shared_model.unet, "unet").items():
+        assert torch.equal(edit.tensors[name], tensor)
+    assert losses(shared_model, config, seed=4)[0] != found  # control
 
 
 def test_erased_from_itself_is_plain_esd(shared_model):

@@ -1,5 +1,5 @@
-"""The closed forms on Stable Diffusion 2.x, SDXL and transformers: tiny random pipelines of the real classes, through a
-folder."""
+"""The closed forms and ESD on Stable Diffusion 2.x, SDXL and transformers: tiny random pipelines of the real classes,
+through a folder."""
 
 import dataclasses
 
@@ -9,6 +9,8 @@ import torch
 from conftest import LENGTH, WIDTH, literal_erase, tiny_pipeline, tiny_tokenizer
 from diffusers import (
     DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -19,10 +21,11 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import erasekit as ek
-from erasekit import pipelines, prompt_rows
+from erasekit import pipelines, prompt_rows, settings
 from erasekit.closed_form import ContextMap
-from erasekit.layers import cross_attention_kv
-from erasekit.text_entries import text_entries
+from erasekit.layers import cross_attention_kv, denoiser_parameters
+from erasekit.recorded import Recorded
+from erasekit.text_entries import leaves, text_entries
 
 
 def text_config(tokenizer, width: int, **changes) -> CLIPTextConfig:
@@ -199,7 +202,7 @@ def test_training_knows_v_prediction_and_says_no_to_two_text_encoders(model, nam
     method = getattr(ek, name)
     config = method.Config(**TRAINED[name])
     fit = lambda: method.fit(model, "church", ["dog", "house"], config=config, folder=tmp_path)
-    if hasattr(model.pipeline, "text_encoder_2"):
+    if hasattr(model.pipeline, "text_encoder_2") and name != "esd":
         with pytest.raises(ValueError, match="one text encoder"):
             fit()
         return
@@ -632,7 +635,7 @@ def model_width(model) -> int:
     return next(iter(cross_attention_kv(model.unet).values())).in_features
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [one for one in TRAINED if one != "esd"])
 def test_methods_that_train_a_unet_refuse_a_transformer(name):
     flux = ek.load(tiny("flux"))
     with pytest.raises(ValueError, match="FluxPipeline has a FluxTransformer2DModel: erase by a closed form"):
@@ -665,6 +668,422 @@ def test_nothing_asked_of_a_pipeline_is_dropped_in_silence():
     klein.register_to_config(is_distilled=True)
     with pytest.raises(ValueError, match="distilled and ignores guidance"):
         ek.load(klein).generate("a dog", guidance=4.0, **size)
+
+
+# ESD, where the pipeline draws
+
+
+ESD = ek.esd.Config(
+    iterations=3, lr=1e-3, sampler=4, states="frozen", noises=3, guidance=3.0, templates=("a {}",), pixels=32
+)
+
+
+OTHER = "flat style image of castle in ink"
+
+
+@pytest.fixture(params=["sdxl", "sd3", "flux"])
+def learner(request, tmp_path) -> ek.DiffusionModel:
+    return learning(request.param, tmp_path / "model")
+
+
+def learning(name: str, folder) -> ek.DiffusionModel:
+    """One that can learn: random keys so large that a softmax has hardly a gradient are made smaller."""
+    model = read(name, folder)
+    gains = {"attn2.to_k.weight": 0.05, "attn2.to_v.weight": 3} if name == "sdxl" else {}
+    gains = {"context_embedder.weight": 0.1} if name == "sd3" else gains
+    with torch.no_grad():
+        for layer, weight in model.denoiser.named_parameters():
+            for ending, gain in gains.items():
+                if layer.endswith(ending):
+                    weight.mul_(gain)
+    model.save_pretrained(folder)
+    return ek.load(folder)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("erasekit.states.FOLDER", tmp_path / "training")
+
+
+def esd(model, config=ESD, seed=0, **more):
+    """Loss at every update, and the edit."""
+    seen = []
+    edit = ek.esd.fit(
+        model, "church", config=config, generator=torch.Generator().manual_seed(seed),
+        callback=lambda state: seen.append(state["loss"]), **more,
+    )  # fmt: skip
+    return seen, edit
+
+
+def points(model, prompts=("a church",), others=(OTHER,), **changes) -> Recorded:
+    side = max(32, 8 * model.pipeline.vae_scale_factor)
+    given = dict(seed=11, guidance=3.0, sampler=4, states="frozen", noises=3, pixels=side) | changes
+    return Recorded(model, list(prompts), list(others), **given)
+
+
+def sized(model, config=ESD, **changes):
+    return dataclasses.replace(config, pixels=max(32, 8 * model.pipeline.vae_scale_factor), **changes)
+
+
+def literal(model, denoiser, x, t, prompt: str, guidance: float) -> torch.Tensor:
+    """What the denoiser predicts, as each pipeline calls it, for pictures of 32 pixels."""
+    pipe = model.pipeline
+    if "unet" in pipe.components:
+        text, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        sizes = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]])}
+        return denoiser(x, t, encoder_hidden_states=text, added_cond_kwargs=sizes).sample
+    if "text_encoder_3" in pipe.components:
+        text, _, pooled, _ = pipe.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
+        return denoiser(x, timestep=t[None], encoder_hidden_states=text, pooled_projections=pooled).sample
+    text, pooled, ids = pipe.encode_prompt(prompt, None)
+    where = pipe._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
+    return denoiser(
+        x, timestep=t[None] / 1000, guidance=torch.tensor([guidance]), encoder_hidden_states=text,
+        pooled_projections=pooled, txt_ids=ids, img_ids=where,
+    ).sample  # fmt: skip
+
+
+def on_the_way(model, prompt: str, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and t before a step of the pipeline's own guided call."""
+    seen = []
+
+    def note(pipe, i, t, tensors):
+        seen.append(tensors["latents"])
+        return {}
+
+    model.pipeline(
+        prompt, height=32, width=32, num_inference_steps=4, guidance_scale=3.0, output_type="latent",
+        generator=torch.Generator().manual_seed(seed), callback_on_step_end=note,
+    )  # fmt: skip
+    t = model.pipeline.scheduler.timesteps[step]
+    if step == 0:  # the pipeline's own noise
+        start = model.pipeline.prepare_latents
+        size = (32, 32, torch.float32, "cpu", torch.Generator().manual_seed(seed))
+        made = start(1, 4, *size)
+        return made[0] if isinstance(made, tuple) else made, t
+    return seen[step - 1], t
+
+
+def test_the_target_at_a_recorded_call_is_the_literal_one(learner):
+    """x_t by the stock call, and each prediction by the arguments that its pipeline gives the denoiser."""
+    way, eta = points(learner), 1.5
+    for node in range(4):
+        state = way.at(0, 1, node)
+        x, t = on_the_way(learner, "a church", 11 + 1, 3 - node)
+        args, kwargs = way.fed(state, "a church")
+        assert torch.equal(args[0] if args else kwargs["hidden_states"], x)
+        with torch.no_grad():
+            c, empty = (literal(learner, learner.denoiser, x, t, text, 3.0) for text in ("a church", ""))
+            said, uncond = (way.predict(learner.denoiser, state, text) for text in ("a church", ""))
+        target, wanted = uncond - eta * (said - uncond), (empty - eta * (c - empty)).flatten()
+        assert (target - wanted).norm() < 1e-5 * wanted.norm()
+        assert (target - c.flatten()).norm() > 1e-2 * wanted.norm()  # control
+    if "guidance_embeds" in learner.denoiser.config:  # the number that FLUX.1 reads is among what is recorded
+        assert float(kwargs["guidance"]) == 3.0
+        other = literal(learner, learner.denoiser, x, t, "a church", 1.0)
+        assert not torch.allclose(other, c, atol=1e-3)
+
+
+@pytest.mark.parametrize("anchor", [None, "house"])
+def test_esd_of_a_family_is_the_literal_algorithm(learner, anchor):
+    """x_t by the stock call, predictions by the denoiser's own arguments, torch's Adam."""
+    found, edit = esd(learner, dataclasses.replace(ESD, eta=1.5), seed=3, anchor=anchor)
+    base = learner.copy()
+    trained, generator = learner.copy(), torch.Generator().manual_seed(3)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    names = denoiser_parameters(trained.denoiser, "x")
+    optimizer = torch.optim.Adam([trained.denoiser.get_parameter(name) for name in names], lr=ESD.lr)
+    wanted, unled, prompt = [], [], f"a {anchor or 'church'}"
+    for _ in range(ESD.iterations):
+        draw = lambda high: int(torch.randint(high, (1,), generator=generator))
+        draw(1)  # the prompt
+        noise, node = draw(3), draw(4)
+        x, t = on_the_way(base, prompt, seed + noise, 3 - node)
+        of = lambda model, text: literal(model, model.denoiser, x, t, text, 3.0)  # noqa: B023
+        with torch.no_grad():
+            f, c, empty = (of(base, text) for text in (prompt, "a church", ""))
+            y = f - 2.5 * (c - empty)
+        predicted = of(trained, prompt)
+        loss = torch.nn.functional.mse_loss(predicted, y)
+        unled.append(float(torch.nn.functional.mse_loss(predicted, f).detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        wanted.append(float(loss.detach()))
+    print(max(abs(a - b) / b for a, b in zip(found, wanted, strict=True)))
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert found != pytest.approx(unled, rel=0.1)  # control
+    change, wrong = 0.0, 0.0
+    for name in names:
+        if not name.endswith(("to_v.weight", "add_v_proj.weight", "to_out.0.weight")):
+            continue  # a saturated softmax gives no gradient but rounding, which Adam makes as large as any
+        wanted = trained.denoiser.get_parameter(name).detach() - base.denoiser.get_parameter(name).detach()
+        change += float(wanted.square().sum())
+        wrong += float((edit.tensors[f"{learner.denoiser_part}.{name}"].float() - wanted).square().sum())
+    print(f"the edit is {(wrong / change) ** 0.5:.1e} of its size away")
+    assert wrong < 0.05**2 * change
+
+
+def test_velocity_and_noise_have_the_same_target():
+    """With x = (1 - s) x_0 + s e, in float64: the target of the noise, and the loss, from those of the velocity."""
+    draw = lambda: torch.randn(4, 5, generator=torch.Generator().manual_seed(next(seeds))).double()
+    seeds = iter(range(9))
+    x, c, empty, found, s, eta = draw(), draw(), draw(), draw(), 0.3, 1.7
+    noise = lambda v: x + (1 - s) * v
+    target = lambda text, uncond: uncond - eta * (text - uncond)
+    torch.testing.assert_close(target(noise(c), noise(empty)), noise(target(c, empty)), rtol=0, atol=1e-12)
+    both = [
+        (noise(found) - target(noise(c), noise(empty))).square().sum(),
+        (found - target(c, empty)).square().sum(),
+    ]
+    torch.testing.assert_close(both[0], (1 - s) ** 2 * both[1], rtol=1e-12, atol=0)
+    sums_to_two = lambda text, uncond: uncond + text  # control: no such target
+    assert not torch.allclose(sums_to_two(noise(c), noise(empty)), noise(sums_to_two(c, empty)))
+
+
+def test_esd_trains_every_family_or_says_why_not(family):
+    """Where the target is what the model predicts anyway there is nothing to learn; else only what is asked changes."""
+    if "callback_on_step_end" not in pipelines.known(family.pipeline.__call__):
+        with pytest.raises(
+            ValueError, match="PixArtSigmaPipeline does not report its steps: erase by a closed"
+        ):
+            esd(family)
+        return
+    before = {name: p.clone() for name, p in family.denoiser.named_parameters()}
+    still = sized(family, eta=-1.0, iterations=1, lr=1e-2)
+    (nothing,) = losses_of(family, still)
+    (control,) = losses_of(family, dataclasses.replace(still, eta=1.0))
+    assert nothing < 1e-9 * control
+    _, edit = esd(family, sized(family, parameters="x-strict"))
+    wanted = denoiser_parameters(family.denoiser, "x-strict")
+    part = family.denoiser_part
+    assert edit.kind == "weight_delta" and set(edit.tensors) == {f"{part}.{name}" for name in wanted}
+    owners = {name.split(".")[-2] for name in wanted}
+    assert owners <= {"to_k", "to_v", "add_k_proj", "add_v_proj"} and {"to_k", "to_v"} <= owners
+    for name, parameter in family.denoiser.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None and parameter.requires_grad
+    with edit.applied(family):
+        changed = {n for n, p in family.denoiser.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and changed <= set(wanted)
+
+
+def test_text_is_swapped_as_the_pipeline_of_a_family_would(family):
+    """Guidance away from the empty prompt predicts with both texts at one state: so does a recorded call with each."""
+    if "callback_on_step_end" not in pipelines.known(family.pipeline.__call__):
+        return
+    way, steps, rows = points(family), [], []
+
+    def keep(module, args, kwargs, output):
+        for _, one in leaves(output):  # a batch, or a list of pictures
+            batch = len(args[0]) if isinstance(args[0] if args else None, list) else len(one)
+            rows.extend((len(steps), row.flatten()) for row in (one if batch == len(one) else one[None]))
+
+    def count(pipe, i, t, tensors):
+        steps.append(i)
+        return {}
+
+    side = max(32, 8 * family.pipeline.vae_scale_factor)
+    handle = family.denoiser.register_forward_hook(keep, with_kwargs=True)
+    try:
+        pipelines.run(
+            family.pipeline, prompt=["a church"], height=side, width=side, num_inference_steps=4,
+            generator=[torch.Generator().manual_seed(11 + 1)], output_type="latent", callback_on_step_end=count,
+            **pipelines.guided(family.pipeline, family.denoiser, 3.0, None),
+        )  # fmt: skip
+    finally:
+        handle.remove()
+    far = {"a church": [], "": [], OTHER: []}
+    for step in (0, 2):
+        own, state = [row for when, row in rows if when == step], way.at(0, 1, 3 - step)
+        with torch.no_grad():
+            for text, distances in far.items():
+                one = way.predict(family.denoiser, state, text)
+                distances.append(min(float((one - row).norm() / one.norm()) for row in own))
+    print(type(family.pipeline).__name__, far)
+    assert max(far["a church"]) < 1e-3 and max(far[OTHER]) > 5e-3  # the second is the control
+    if type(family.pipeline).__name__ not in NOT_FROM_EMPTY:
+        assert max(far[""]) < 1e-3 and len(own) == 2
+
+
+# SDXL leads away from zeros, Qwen-Image from " ", Sana and Lumina 2 from "" without their instructions before it,
+# and FLUX.1 reads its guidance as a number.
+NOT_FROM_EMPTY = (
+    "StableDiffusionXLPipeline", "QwenImagePipeline", "SanaPipeline", "Lumina2Pipeline", "FluxPipeline"
+)  # fmt: skip
+
+
+def losses_of(model, config) -> list[float]:
+    """Losses, also of a training that changes nothing."""
+    seen = []
+    try:
+        ek.esd.fit(model, "church", config=config, callback=lambda state: seen.append(state["loss"]))
+    except ValueError as error:
+        assert "changed no weight" in str(error)
+    return seen
+
+
+@pytest.mark.parametrize("source", ["trained", "frozen", "cached"])
+def test_where_the_states_of_a_family_come_from(learner, source, monkeypatch):
+    """The frozen model's are the same whether kept or not; those of a copy in training move with it."""
+    copy = learner.copy().denoiser
+    with torch.no_grad():
+        for name in denoiser_parameters(copy, "x"):
+            copy.get_parameter(name).mul_(1.5)
+    plain = points(learner)
+    found = points(learner, states=source, walker=copy if source == "trained" else None)
+    calls, forward = [], learner.denoiser.forward
+    monkeypatch.setattr(learner.denoiser, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    for node in range(4):
+        one, other = found.at(0, 1, node), plain.at(0, 1, node)
+        assert one.keys() == other.keys()
+        same = all(torch.allclose(one[path], other[path], atol=1e-5) for path in one)
+        assert same == (source != "trained" or node == 3)  # all begin with the same noise
+    times = {"trained": 3 + 2 + 1, "frozen": 2 * (3 + 2 + 1), "cached": 3 + 3 + 2 + 1}
+    assert len(calls) == times[source]
+    assert learner.denoiser is not copy
+
+
+@pytest.mark.slow
+def test_esd_of_a_family_comes_nearer_to_its_target(learner):
+    """At points that are not trained on; the prediction for another prompt moves less."""
+    lr = 1e-3 if learner.denoiser_part == "unet" else 3e-3
+    config = dataclasses.replace(ESD, iterations=50, batch=2, lr=lr, states="cached")
+    seen, edit = esd(learner, config)
+    mean = lambda part: sum(part) / len(part)
+    way = points(learner, seed=99)
+    at = [way.at(0, noise, node) for noise in range(2) for node in range(4)]
+
+    @torch.no_grad()
+    def predicted(prompt):
+        return torch.stack([way.predict(learner.denoiser, state, prompt) for state in at])
+
+    church, other, empty = (predicted(prompt) for prompt in ("a church", OTHER, ""))
+    target = empty - config.eta * (church - empty)
+    with edit.applied(learner):
+        moved, beside = predicted("a church"), predicted(OTHER)
+    nearer = float((moved - target).norm() / (church - target).norm())
+    share = float((beside - other).norm() / (moved - church).norm())
+    print(
+        f"loss {mean(seen[:8]):.4f} -> {mean(seen[-8:]):.4f}, distance x {nearer:.3f}, other prompt moves {share:.2f}"
+    )
+    assert mean(seen[-8:]) < 0.7 * mean(seen[:8])
+    assert nearer < 0.85 and share < 0.9
+
+
+def test_an_esd_edit_of_a_family_is_kept_and_drawn(learner, tmp_path):
+    _, edit = esd(learner, dataclasses.replace(ESD, lr=3e-2, parameters="x-strict"))
+    edit.save(tmp_path / "esd.safetensors")
+    again = ek.Edit.load(tmp_path / "esd.safetensors")
+    assert again.digest == edit.digest and "church" in edit.summary()
+    before = drawn(learner, "a church")
+    with again.applied(learner):
+        edited = drawn(learner, "a church")
+    assert np.abs(edited - before).max() > 2
+    np.testing.assert_array_equal(drawn(learner, "a church"), before)
+    merged = edit.merged(learner)
+    assert np.abs(drawn(merged, "a church") - edited).max() <= 2
+    merged.save_pretrained(tmp_path / "merged")
+    assert np.abs(drawn(ek.load(tmp_path / "merged"), "a church") - edited).max() <= 2
+    edit.to_lora(tmp_path / "lora", model=learner)
+    copy = learner.copy()
+    copy.pipeline.load_lora_weights(tmp_path / "lora")
+    assert np.abs(drawn(copy, "a church") - edited).max() <= 2
+
+
+def test_an_interrupted_esd_of_a_family_goes_on(learner, tmp_path, monkeypatch):
+    monkeypatch.setattr("erasekit.tuning.SAVE_EVERY", 2)
+    config = dataclasses.replace(ESD, iterations=5, states="trained")
+    whole, edit = esd(learner, config, folder=tmp_path / "whole")
+    assert not list((tmp_path / "whole").glob("esd-*"))  # no checkpoint outlives its use
+
+    def stop(state):
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    start = torch.Generator().manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        ek.esd.fit(
+            learner, "church", config=config, generator=start, callback=stop, folder=tmp_path / "again"
+        )
+    rest, resumed = esd(learner, config, folder=tmp_path / "again")
+    assert rest == whole[2:] and resumed.digest == edit.digest
+    assert esd(learner, config, seed=1)[1].digest != edit.digest  # control
+    unet = learner.pipeline.components[learner.denoiser_part]
+    assert unet is learner.denoiser and learner.fingerprint() == ek.load(learner.pipeline).fingerprint()
+
+
+def test_esd_sees_what_a_scheduler_rescales():
+    """Euler's sigmas: the state is what the UNet is given, not the latents of the sampler."""
+    pipeline = sdxl()
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    model = ek.load(pipeline)
+    way = points(model)
+    latents, t = on_the_way(model, "a church", 11 + 1, 2)
+    (args, kwargs) = way.fed(way.at(0, 1, 1), "a church")
+    pipeline.scheduler._step_index = 2
+    torch.testing.assert_close(args[0], pipeline.scheduler.scale_model_input(latents, t))
+    assert args[1] == t and not torch.allclose(args[0], latents, atol=0.1)
+
+
+def test_esd_refuses_what_would_be_dropped_or_have_no_effect():
+    flux, sd1 = ek.load(tiny("flux")), ek.load(tiny_pipeline())
+    fit = lambda model, **changes: ek.esd.fit(model, "church", config=dataclasses.replace(ESD, **changes))
+    with pytest.raises(ValueError, match="must be one of x, x-strict, full in a FluxTransformer2DModel"):
+        fit(flux, parameters="u")
+    with pytest.raises(ValueError, match="changed no weight"):
+        fit(flux, lr=0.0)
+    with pytest.raises(ValueError, match="the lag of the code for Stable Diffusion 1"):
+        fit(flux, faithful=True)
+    with pytest.raises(ValueError, match="pixels must be a multiple of 4"):
+        fit(flux, pixels=33)
+    with pytest.raises(ValueError, match="pixels is for SDXL and transformers"):
+        fit(sd1)
+    with pytest.raises(ValueError, match="whole number"):
+        dataclasses.replace(ESD, pixels=32.0)
+    sd3 = tiny("sd3")
+    sd3.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(
+        ValueError, match="FlowMatchHeunDiscreteScheduler looks at a picture more than once a step"
+    ):
+        fit(ek.load(sd3))
+    klein = tiny("flux2")
+    klein.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match="distilled and ignores guidance: set guidance=0"):
+        fit(ek.load(klein))
+    assert fit(ek.load(klein), guidance=0.0).tensors
+
+
+def test_settings_of_esd_are_those_of_the_family(learner):
+    """The script for SDXL of 2025, and that for FLUX.1, where eta is one less than its negative_guidance."""
+    found = settings.chosen(ek.esd.PRESETS, learner, None, "sd14-object")
+    if learner.denoiser_part == "unet":
+        assert (found.eta, found.guidance, found.lr, found.iterations, found.states) == (
+            0,
+            2,
+            2e-4,
+            200,
+            "frozen",
+        )
+    else:
+        assert (found.eta, found.guidance, found.lr, found.sampler, found.pixels) == (0, 3.5, 1e-4, 28, 512)
+    assert settings.chosen(ek.uce.PRESETS, learner, None, "sd14-object") == ek.uce.PRESETS["sd14-object"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("source", ["trained", "cached"])
+def test_esd_of_a_family_on_a_gpu(name, source, tmp_path):
+    """In half precision: the loss falls, and the edit moves the picture."""
+    learning(name, tmp_path)
+    model = ek.load(tmp_path, device="cuda")
+    assert model.dtype is (torch.float16 if name == "sdxl" else torch.bfloat16)
+    seen, edit = esd(model, dataclasses.replace(ESD, iterations=40, batch=2, lr=1e-3, states=source))
+    assert sum(seen[-8:]) < 0.9 * sum(seen[:8])
+    before = drawn(model, "a church")
+    with edit.applied(model):
+        assert np.abs(drawn(model, "a church") - before).max() > 0
+    np.testing.assert_array_equal(drawn(model, "a church"), before)
 
 
 @pytest.mark.gpu
