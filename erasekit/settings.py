@@ -67,8 +67,8 @@ def asked(
     if trains and not families and model.denoiser_part != "unet":
         raise ValueError(
             f"this method trains the UNet of Stable Diffusion 1 or 2, and {type(model.pipeline).__name__} has a "
-            f"{type(model.denoiser).__name__}: erase by a closed form (uce, rece, mace and realera with lora=False, trce "
-            "with stages='text') or by esd instead"
+            f"{type(model.denoiser).__name__}: erase by a closed form (uce, rece, mace and realera with lora=False, "
+            "trce with stages='text') or by esd instead"
         )
     model.check_fit()
     if trains and model.dtype is torch.float16 and model.device.type == "cpu":
