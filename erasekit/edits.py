@@ -386,9 +386,9 @@ class Edit:
     def _factors(
         self, model: DiffusionModel, error: float
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """The LoRA of this edit: {"unet.LAYER": (B, A)}, (d_out, r) and (r, d_in), with W' = W + B A, and {"unet.LAYER":
-        change of the bias}; float32 on the CPU. One rank r for all (zero-padded), so that with alpha = r the loader's
-        scale is 1 everywhere. A layer of which the bias alone changes has factors of zeros.
+        """The LoRA of this edit: {"unet.LAYER": (B, A)}, (d_out, r) and (r, d_in), with W' = W + B A, and
+        {"unet.LAYER": change of the bias}; float32 on the CPU. One rank r for all (zero-padded), so that with alpha = r
+        the loader's scale is 1 everywhere. A layer of which the bias alone changes has factors of zeros.
         """
         if not 0 <= error < 1:
             raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")
