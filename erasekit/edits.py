@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from erasekit import __version__, models
+from erasekit import __version__, checkpoints, models
 from erasekit.closed_form import ContextMap
 from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
 from erasekit.models import DiffusionModel
@@ -283,56 +283,74 @@ class Edit:
         at hand, for a delta of something other than a Linear of the denoiser, and for a pipeline that reads no LoRA
         (PixArt).
         """
-        if not 0 <= error < 1:
-            raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")
         model = self._base(model)
         if not hasattr(model.pipeline, "load_lora_weights"):
             raise ValueError(
                 f"{type(model.pipeline).__name__} reads no LoRA: use `merged` and save the model"
             )
-        factors, biases = {}, {}
-        if "left" in self.tensors:
-            t = self.context_map
-            for name, layer in cross_attention_kv(model.unet).items():
-                left, right = layer.weight.double() @ t.left.to(layer.weight.device), t.right.T
-                factors[f"unet.{name.removesuffix('.weight')}"] = left, right
-        for name, one in self.maps.items() if self.kind == "text_maps" else ():
-            start, stop = self.metadata["entries"][name]["columns"]
-            for weight in self.metadata["entries"][name]["weights"]:
-                w = _parameter(model, weight).detach()
-                left = w[:, start:stop].double() @ one.left.to(w.device)
-                right = nn.functional.pad(one.right.T, (start, w.shape[1] - stop))
-                factors[weight.removesuffix(".weight")] = left, right
-        for name, delta in self._deltas.items():
-            stem, _, kind = name.rpartition(".")
-            part, *path = stem.split(".")
-            owner = uncompiled(model.pipeline.components[part]).get_submodule(".".join(path))
-            if part not in ("unet", "transformer") or type(owner) is not nn.Linear:
-                raise ValueError(
-                    f"{name} cannot become a LoRA: only weights of the denoiser's Linear layers can. Use `merged` "
-                    "and save the model, or train parameters that can (ESD: parameters='x-strict' or 'x')"
-                )
-            if kind == "bias":
-                biases[stem] = delta
-                continue
-            if stem in factors:  # by the first stage
-                b, a = factors[stem]
-                delta = delta.to(b) + b @ a
-            factors[stem] = _factored(delta, error)
-        # One rank for all layers (zero-padded), so that alpha = rank and the loader's scale is 1 everywhere.
-        rank = max([1, *(a.shape[0] for _, a in factors.values())])
+        factors, biases = self._factors(model, error)
         tensors = {}
-        for stem in {**factors, **biases}:
-            owner = model.denoiser.get_submodule(stem.partition(".")[2])
-            none = (torch.zeros(owner.out_features, 0), torch.zeros(0, owner.in_features))
-            b, a = factors.get(stem, none)
-            pad = rank - a.shape[0]
-            tensors[f"{stem}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, pad))
-            tensors[f"{stem}.lora_B.weight"] = nn.functional.pad(b, (0, pad))
+        for stem, (b, a) in factors.items():
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
             if biases:  # all layers or none have one in PEFT
-                tensors[f"{stem}.lora_B.bias"] = biases.get(stem, torch.zeros(owner.out_features))
+                tensors[f"{stem}.lora_B.bias"] = biases.get(stem, torch.zeros(len(b)))
         path = Path(folder) / "pytorch_lora_weights.safetensors"
-        _write(path, {n: one.detach().float().cpu() for n, one in tensors.items()}, {"format": "pt"})
+        _write(path, tensors, {"format": "pt"})
+        return path
+
+    def to_kohya(self, path: str | Path, *, model: DiffusionModel | None = None, error: float = 1e-7) -> Path:
+        """Write the LoRA of `to_lora` under the names of kohya's trainers, as one file for web interfaces.
+
+        path: ends in .safetensors. Layers have their names in diffusers, those of SDXL their original names, as kohya
+        trains them: lora_unet_….lora_down.weight (rank, d_in), .lora_up.weight (d_out, rank) and .alpha, the rank.
+        Stock `pipeline.load_lora_weights(path)` reads it as well. The metadata name the base version where the width of
+        the text embeddings tells it. ValueError for what `to_lora` refuses, for changed biases, and for other
+        denoisers than the UNets of Stable Diffusion 1, 2 and XL.
+        """
+        model, path = self._base(model), _file(path)
+        factors, biases = self._factors(model, error)
+        if biases:
+            raise ValueError(
+                f"kohya's LoRA has no place for the changed bias of {next(iter(biases))}: use to_lycoris, or to_lora"
+            )
+        tensors = {}
+        for stem, (b, a) in factors.items():
+            name, rank = _kohya_name(model, stem), len(a)
+            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = a, b
+            tensors[f"{name}.alpha"] = torch.tensor(float(rank))
+        said = {"ss_network_module": "networks.lora", **checkpoints.kohya_version(model.denoiser)}
+        if factors:
+            said |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
+        _write(path, tensors, {"format": "pt", **said})
+        return path
+
+    def to_lycoris(self, path: str | Path, *, model: DiffusionModel | None = None) -> Path:
+        """Write the whole change of each changed layer of the UNet, in the keys of LyCORIS' algorithm "full".
+
+        path: ends in .safetensors; layers are named as in `to_kohya`. lora_unet_….diff has the shape of the weight of a
+        Linear or a convolution, .diff_b that of the bias; .w_norm and .b_norm are those of a norm. For what no LoRA
+        holds: convolutions, biases, full rank. LyCORIS and web interfaces read it, stock diffusers does not. Base
+        weights as in `to_lora`. ValueError for changes outside the UNet, and for other denoisers as in `to_kohya`.
+        """
+        model, path = self._base(model), _file(path)
+        names = {id(one): name for name, one in model.denoiser.named_parameters()}
+        tensors = {}
+        for parameter, value in self._edited(model, 1.0):
+            name = names.get(id(parameter))
+            layer, _, kind = (name or "").rpartition(".")
+            owner = model.denoiser.get_submodule(layer)
+            if name is None or not isinstance(owner, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)):
+                raise ValueError(
+                    f"this {self.kind} changes {name or 'the text encoder'}, for which LyCORIS has no key here: use "
+                    "to_text_encoder, or `merged` and save_single_file"
+                )
+            keys = ("diff", "diff_b") if isinstance(owner, (nn.Linear, nn.Conv2d)) else ("w_norm", "b_norm")
+            stem = _kohya_name(model, layer)
+            tensors.setdefault(f"{stem}.{keys[0]}", torch.zeros_like(owner.weight).float().cpu())
+            key = f"{stem}.{keys[kind == 'bias']}"
+            tensors[key] = (value.double() - parameter.double()).detach().float().cpu()
+        said = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "full"})}
+        _write(path, tensors, {"format": "pt", **said, **checkpoints.kohya_version(model.denoiser)})
         return path
 
     def to_text_encoder(self, folder: str | Path, *, model: DiffusionModel | None = None) -> Path:
@@ -365,6 +383,54 @@ class Edit:
             raise ValueError(f"this {self.kind} edit changes more than key and value projections: use merged")
         _write(Path(path), {names[id(p)]: value.cpu() for p, value in edited}, {"format": "pt"})
         return Path(path)
+
+    def _factors(
+        self, model: DiffusionModel, error: float
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """The LoRA of this edit: {"unet.LAYER": (B, A)}, (d_out, r) and (r, d_in), with W' = W + B A, and
+        {"unet.LAYER": change of the bias}; float32 on the CPU. One rank r for all (zero-padded), so that with alpha = r
+        the loader's scale is 1 everywhere. A layer of which the bias alone changes has factors of zeros.
+        """
+        if not 0 <= error < 1:
+            raise ValueError(f"error is a share of the change, from 0 to below 1, got {error}")
+        factors, biases = {}, {}
+        if "left" in self.tensors:
+            t = self.context_map
+            for name, layer in cross_attention_kv(model.unet).items():
+                left, right = layer.weight.double() @ t.left.to(layer.weight.device), t.right.T
+                factors[f"unet.{name.removesuffix('.weight')}"] = left, right
+        for name, one in self.maps.items() if self.kind == "text_maps" else ():
+            start, stop = self.metadata["entries"][name]["columns"]
+            for weight in self.metadata["entries"][name]["weights"]:
+                w = _parameter(model, weight).detach()
+                left = w[:, start:stop].double() @ one.left.to(w.device)
+                right = nn.functional.pad(one.right.T, (start, w.shape[1] - stop))
+                factors[weight.removesuffix(".weight")] = left, right
+        for name, delta in self._deltas.items():
+            stem, _, kind = name.rpartition(".")
+            part, *path = stem.split(".")
+            owner = uncompiled(model.pipeline.components[part]).get_submodule(".".join(path))
+            if part not in ("unet", "transformer") or type(owner) is not nn.Linear:
+                raise ValueError(
+                    f"{name} cannot become a LoRA: only weights of the denoiser's Linear layers can. Use `merged` "
+                    "and save the model, or train parameters that can (ESD: parameters='x-strict' or 'x')"
+                )
+            if kind == "bias":
+                biases[stem] = delta
+                continue
+            if stem in factors:  # by the first stage
+                b, a = factors[stem]
+                delta = delta.to(b) + b @ a
+            factors[stem] = _factored(delta, error)
+        for stem in [one for one in biases if one not in factors]:
+            owner = model.denoiser.get_submodule(stem.partition(".")[2])
+            factors[stem] = torch.zeros(owner.out_features, 0), torch.zeros(0, owner.in_features)
+        rank = max([1, *(a.shape[0] for _, a in factors.values())])
+        for stem, (b, a) in factors.items():
+            pad = rank - a.shape[0]
+            b, a = nn.functional.pad(b, (0, pad)), nn.functional.pad(a, (0, 0, 0, pad))
+            factors[stem] = b.detach().float().cpu(), a.detach().float().cpu()
+        return factors, {stem: bias.float() for stem, bias in biases.items()}
 
     @property
     def _deltas(self) -> dict[str, Tensor]:
@@ -439,6 +505,24 @@ def _factored(delta: Tensor, error: float) -> tuple[Tensor, Tensor]:
     left_out = s.square().flip(0).cumsum(0).flip(0).sqrt()  # from each singular value on
     keep = left_out > error * left_out[0]
     return u[:, keep] * s[keep], vh[keep]
+
+
+def _kohya_name(model: DiffusionModel, stem: str) -> str:
+    """Of "unet.LAYER". ValueError where there is no UNet."""
+    if model.denoiser_part != "unet":
+        raise ValueError(
+            "kohya's names are known here for the UNets of Stable Diffusion 1, 2 and XL, not for a "
+            f"{type(model.denoiser).__name__}: use to_lora, or `merged` and save the model"
+        )
+    return checkpoints.kohya_name(model.unet, stem.removeprefix("unet."))
+
+
+def _file(path: str | Path) -> Path:
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(
+            f"tools know the format by the name: expected a path that ends in .safetensors, got {path}"
+        )
+    return Path(path)
 
 
 def _write_values(new: list[tuple[nn.Parameter, Tensor]]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from erasekit import pipelines, worlds
+from erasekit import checkpoints, pipelines, worlds
 from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.layers import check_editable, text_projected_once, uncompiled
 from erasekit.paths import replacing, write_atomically
@@ -462,6 +462,25 @@ class DiffusionModel:
         drop_origin(folder)
         write_old_names(folder)
         (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
+
+    def save_single_file(self, path: str | Path) -> Path:
+        """Write one safetensors file in the original layout of Stable Diffusion 1, 2 or XL, which web interfaces read,
+        as does stock `StableDiffusionPipeline.from_single_file(path, config=folder)`, SDXL's likewise.
+
+        It holds the weights of UNet, VAE and text encoders, in their dtypes, and an edit in force with them; not the
+        scheduler, the tokenizers and the sizes, which a reader takes from the configs in `folder` (`save_pretrained`)
+        or assumes. ValueError for another pipeline, and where `check_editable` finds that the weights are not all.
+        """
+        self.check_editable()
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"readers know the format by the name: expected a path that ends in .safetensors, got {path}"
+            )
+        tensors = {name: one.contiguous() for name, one in checkpoints.state_dict(self.pipeline).items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"format": "pt"})
+        return path
 
     def _pairs(self, prompts, seeds) -> tuple[list[str], list[int]]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
