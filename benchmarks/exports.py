@@ -75,6 +75,9 @@ def write_exports(folder: Path) -> None:
         edit.merged(model).save_pretrained(folder / f"merged-{name}")
         if name != "text":
             edit.to_lora(folder / f"lora-{name}", model=model)
+    edits["map"].to_kohya(folder / "kohya-map.safetensors", model=model)
+    edits["map"].merged(model).save_single_file(folder / "single-map.safetensors")
+    edits["text"].merged(model).save_single_file(folder / "single-text.safetensors")
     edits["map"].to_projections(folder / "projections-map.safetensors", model=model)
     edits["text"].to_text_encoder(folder / "encoder-text", model=model)
     np.savez(folder / "expected.npz", **expected)

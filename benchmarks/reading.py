@@ -30,6 +30,20 @@ def with_lora(name, **how):
     return loaded
 
 
+def with_kohya():
+    loaded = pipeline()
+    loaded.load_lora_weights(str(EXPORTS), weight_name="kohya-map.safetensors")
+    return loaded
+
+
+def single_file(name):
+    loaded = StableDiffusionPipeline.from_single_file(
+        str(EXPORTS / f"single-{name}.safetensors"), config=str(EXPORTS / "base"), local_files_only=True
+    )
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
 def with_projections():
     loaded = pipeline()
     loaded.unet.load_state_dict(load_file(EXPORTS / "projections-map.safetensors"), strict=False)
@@ -51,8 +65,11 @@ WAYS = {
     "LoRA folder": ("map", lambda: with_lora("map")),
     "LoRA folder, weight_name given": ("map", lambda: with_lora("map", weight_name=LORA)),
     "LoRA with biases, weight_name given": ("attention", lambda: with_lora("attention", weight_name=LORA)),
+    "LoRA in kohya's names": ("map", with_kohya),
     "projections": ("map", with_projections),
     "text encoder": ("text", with_encoder),
+    "one file": ("map", lambda: single_file("map")),
+    "one file, text encoder edited": ("text", lambda: single_file("text")),
 }
 
 found = {}
