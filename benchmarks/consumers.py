@@ -4,8 +4,8 @@
 
 For each row of CONSUMERS a fresh virtual environment is made (pip needs a network or a cache), in which erasekit is not
 installed; `consuming.py` reads the files there, offline. The witness is the noise that the UNet predicts for two
-prompts: its largest distance from that of `applied`, and as a control that of the unedited UNet. Edits: UCE of "church",
-and noise on every weight and bias of the UNet.
+prompts: its largest distance from that of `applied`, and as a control that of the unedited UNet. Edits: UCE of
+"church", and noise on every weight and bias of the UNet.
 """
 
 import argparse
