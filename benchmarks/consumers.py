@@ -1,4 +1,4 @@
-"""What tools that are not diffusers make of the exports: LyCORIS, InvokeAI and ONNX Runtime.
+"""What tools that are not diffusers make of the exports: LyCORIS and ONNX Runtime.
 
     python benchmarks/consumers.py --out data/results/benchmark_consumers.json [--only lycoris]
 
@@ -29,7 +29,6 @@ TODAY = ("diffusers==0.42.1", "transformers==5.23.0", "accelerate", "numpy")
 CONSUMERS = {
     "lycoris": ("lycoris_lora==4.1.3", *TODAY),
     "onnx": ("onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0", *TODAY),
-    "invokeai": ("invokeai==6.14.2",),
 }
 READER = Path(__file__).with_name("consuming.py")
 

@@ -35,18 +35,6 @@ def lycoris(file):
     return predicted(model)
 
 
-def invokeai(file):
-    from invokeai.backend.patches.layer_patcher import LayerPatcher
-    from invokeai.backend.patches.lora_conversions.sd_lora_conversion_utils import (
-        lora_model_from_sd_state_dict,
-    )
-
-    model, patch = unet(), lora_model_from_sd_state_dict(load_file(EXPORTS / file))
-    how = dict(dtype=torch.float32, force_direct_patching=True)  # not into InvokeAI's own layers
-    with LayerPatcher.apply_smart_model_patches(model, [(patch, 1.0)], "lora_unet_", **how):
-        return predicted(model)
-
-
 def onnx(folder):
     import onnxruntime
 
@@ -71,7 +59,6 @@ LORA = {"LoRA in kohya's names": ("map", "kohya-map.safetensors")}
 FULL = {f"LyCORIS full, {name}": (name, f"full-{name}.safetensors") for name in ("map", "everything")}
 WAYS = {
     "lycoris": (lycoris, LORA | FULL, ("lycoris_lora", "diffusers")),
-    "invokeai": (invokeai, LORA | FULL, ("invokeai", "diffusers", "transformers")),
     "onnx": (
         onnx,
         {f"merged, {name}": (name, f"merged-{name}") for name in ("map", "everything")},

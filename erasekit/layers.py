@@ -1,4 +1,4 @@
-"""The only file that names submodules of the diffusion model."""
+"""The file that names submodules of the diffusion model; `checkpoints.py` has their names in other people's files."""
 
 import threading
 from collections.abc import Callable, Iterator
