@@ -10,15 +10,11 @@ prompts: its largest distance from that of `applied`, and as a control that of t
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import torch
-from exports import PROMPTS, TORCH, random_edit
+from exports import PROMPTS, elsewhere, random_edit
 from safetensors.torch import save_file
 
 import erasekit as ek
@@ -65,20 +61,6 @@ def write_exports(folder: Path) -> None:
     save_file(inputs | noise, folder / "noise.safetensors")
 
 
-def read(name: str, exports: Path, place: Path) -> dict:
-    """What a consumer makes of the exports: its versions, and distances."""
-    venv.create(place, with_pip=True)
-    python = place / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, TORCH, *CONSUMERS[name]], check=True, stdout=sys.stderr)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "DIFFUSERS_VERBOSITY": "error"}
-    command = [python, READER, name, exports]
-    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,7 +72,10 @@ def main() -> None:
         exports = Path(folder) / "exports"
         exports.mkdir()
         write_exports(exports)
-        rows = {name: read(name, exports, Path(folder) / name) for name in given.only}
+        rows = {
+            name: elsewhere(Path(folder) / name, CONSUMERS[name], READER, name, exports)
+            for name in given.only
+        }
     only = "" if given.only == list(CONSUMERS) else f" --only {' '.join(given.only)}"
     command = f"python benchmarks/consumers.py{only} --out {given.out.as_posix()}"
     save(Result(command, "benchmark", machine=machine(), details={"consumers": rows}), given.out)

@@ -83,18 +83,25 @@ def write_exports(folder: Path) -> None:
     np.savez(folder / "expected.npz", **expected)
 
 
-def read(name: str, exports: Path, place: Path) -> dict:
-    """What an environment makes of the exports: versions of its packages, for each export a difference or an error."""
+def elsewhere(place: Path, packages: tuple[str, ...], *command: str | Path) -> dict:
+    """What a script prints, as JSON in its last line, in a fresh environment at `place` with torch and these packages.
+
+    It runs offline; RuntimeError with what it said where it fails.
+    """
     venv.create(place, with_pip=True)
     python = place / "bin" / "python"
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, TORCH, "accelerate", *ENVIRONMENTS[name]], check=True, stdout=sys.stderr)
+    subprocess.run([*pip, TORCH, *packages], check=True, stdout=sys.stderr)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "DIFFUSERS_VERBOSITY": "error"}
-    command = [python, READER, exports, json.dumps(PROMPTS)]
-    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
+    done = subprocess.run([python, *command], env=environment, cwd=place, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr}")
+        raise RuntimeError(f"{', '.join(packages)}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def read(name: str, exports: Path, place: Path) -> dict:
+    """What an environment makes of the exports: versions of its packages, for each export a difference or an error."""
+    return elsewhere(place, ("accelerate", *ENVIRONMENTS[name]), READER, exports, json.dumps(PROMPTS))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from closed_form import SHAPES
 
 from erasekit.closed_form import Rows
 from erasekit.evaluate.records import Result, save
@@ -25,18 +26,9 @@ from erasekit.evaluate.runs import machine
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import uce
 
-SD14 = dict(
-    block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8,
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-)  # fmt: skip
-SDXL = dict(
-    block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-    transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
+SDXL = SHAPES["sdxl"] | dict(
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816
+)
 SD35_MEDIUM = dict(
     num_layers=24, num_attention_heads=24, attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536,
     pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)),
@@ -44,7 +36,7 @@ SD35_MEDIUM = dict(
 
 # family: (class, its config, rows of a prompt, {space: layers, or None for keys and values}, columns of the pooled)
 FAMILIES = {
-    "SD 1.4": (diffusers.UNet2DConditionModel, SD14, 77, [None], 0),
+    "SD 1.4": (diffusers.UNet2DConditionModel, SHAPES["sd14"], 77, [None], 0),
     "SDXL": (diffusers.UNet2DConditionModel, SDXL, 77, [None, ["add_embedding.linear_1"]], 1280),
     "SD 3.5 medium": (
         diffusers.SD3Transformer2DModel,
