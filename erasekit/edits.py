@@ -19,7 +19,7 @@ from erasekit import __version__, checkpoints, models
 from erasekit.closed_form import ContextMap
 from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
 from erasekit.models import DiffusionModel
-from erasekit.paths import replacing
+from erasekit.paths import named_safetensors, replacing
 from erasekit.text_entries import TextEntry
 
 Kind = Literal["context_map", "text_maps", "weight_delta", "text_encoder"]
@@ -307,7 +307,7 @@ class Edit:
         the text embeddings tells it. ValueError for what `to_lora` refuses, for changed biases, and for other
         denoisers than the UNets of Stable Diffusion 1, 2 and XL.
         """
-        model, path = self._base(model), _file(path)
+        model, path = self._base(model), named_safetensors(path)
         factors, biases = self._factors(model, error)
         if biases:
             raise ValueError(
@@ -332,7 +332,7 @@ class Edit:
         holds: convolutions, biases, full rank. LyCORIS and web interfaces read it, stock diffusers does not. Base
         weights as in `to_lora`. ValueError for changes outside the UNet, and for other denoisers as in `to_kohya`.
         """
-        model, path = self._base(model), _file(path)
+        model, path = self._base(model), named_safetensors(path)
         names = {id(one): name for name, one in model.denoiser.named_parameters()}
         tensors = {}
         for parameter, value in self._edited(model, 1.0):
@@ -515,14 +515,6 @@ def _kohya_name(model: DiffusionModel, stem: str) -> str:
             f"{type(model.denoiser).__name__}: use to_lora, or `merged` and save the model"
         )
     return checkpoints.kohya_name(model.unet, stem.removeprefix("unet."))
-
-
-def _file(path: str | Path) -> Path:
-    if Path(path).suffix != ".safetensors":
-        raise ValueError(
-            f"tools know the format by the name: expected a path that ends in .safetensors, got {path}"
-        )
-    return Path(path)
 
 
 def _write_values(new: list[tuple[nn.Parameter, Tensor]]) -> None:

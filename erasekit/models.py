@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from erasekit import checkpoints, pipelines, worlds
 from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.layers import check_editable, text_projected_once, uncompiled
-from erasekit.paths import replacing, write_atomically
+from erasekit.paths import named_safetensors, replacing, write_atomically
 from erasekit.sampling import denoise
 
 FIXED_BATCH = 4  # see DiffusionModel.fixed_batch
@@ -472,11 +472,7 @@ class DiffusionModel:
         or assumes. ValueError for another pipeline, and where `check_editable` finds that the weights are not all.
         """
         self.check_editable()
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise ValueError(
-                f"readers know the format by the name: expected a path that ends in .safetensors, got {path}"
-            )
+        path = named_safetensors(path)
         tensors = {name: one.contiguous() for name, one in checkpoints.state_dict(self.pipeline).items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"format": "pt"})

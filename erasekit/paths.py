@@ -40,3 +40,12 @@ def write_atomically(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def named_safetensors(path: str | Path) -> Path:
+    """ValueError for a path by whose end other tools would not know the format."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(
+            f"tools know the format by the name: expected a path that ends in .safetensors, got {path}"
+        )
+    return Path(path)
