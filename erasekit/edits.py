@@ -340,9 +340,10 @@ class Edit:
             layer, _, kind = (name or "").rpartition(".")
             owner = model.denoiser.get_submodule(layer)
             if name is None or not isinstance(owner, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)):
+                instead = "to_text_encoder, or " if self.kind == "text_encoder" else ""
                 raise ValueError(
                     f"this {self.kind} changes {name or 'the text encoder'}, for which LyCORIS has no key here: use "
-                    "to_text_encoder, or `merged` and save_single_file"
+                    f"{instead}`merged` and save_single_file"
                 )
             keys = ("diff", "diff_b") if isinstance(owner, (nn.Linear, nn.Conv2d)) else ("w_norm", "b_norm")
             stem = _kohya_name(model, layer)
@@ -358,7 +359,9 @@ class Edit:
         pipeline that was made with the unedited one. Base weights as in `to_lora`. ValueError for another kind.
         """
         if self.kind != "text_encoder":
-            raise ValueError(f"a {self.kind} edit does not change the text encoder: use merged")
+            raise ValueError(
+                f"a {self.kind} edit does not change the text encoder, or more than it: use `merged` and save the model"
+            )
         edited = self.merged(self._base(model))
         with models.quietly():
             edited.text_encoder.save_pretrained(folder, safe_serialization=True)

@@ -210,6 +210,11 @@ def text_backbone(text_encoder: nn.Module) -> nn.Module:
     return backbone
 
 
+def token_table(text_encoder: nn.Module) -> Tensor:
+    """The embedding (vocabulary, d) of every token, without a gradient."""
+    return text_backbone(text_encoder).embeddings.token_embedding.weight.detach()
+
+
 def unet_parameters(unet: nn.Module, which: str) -> list[str]:
     """Names of the UNet parameters that a method trains, by the names of ESD's code.
 
@@ -383,11 +388,11 @@ def _recording(unet: nn.Module, note: Callable[[str, Tensor], None]) -> Iterator
             module.set_processor(before[name])
 
 
-def encode_rows(text_encoder: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
-    """Last hidden state (n, length, d) of token embeddings `rows` (n, length, d) in place of those of `ids`.
+@contextmanager
+def embedded_as(text_encoder: nn.Module, ids: Tensor, rows: Tensor) -> Iterator[None]:
+    """Inside the block the text encoder, called with `ids` (n, length), finds `rows` (n, length, d) for embeddings.
 
-    Positions, causal mask and final layer norm are the encoder's own; gradients reach `rows`. With the rows of `ids`
-    (n, length) themselves it is `text_encoder(ids)[0]`.
+    Positions, causal mask and final layer norm are the encoder's own; gradients reach `rows`.
     """
     embedding = text_backbone(text_encoder).embeddings.token_embedding
     if rows.shape != (*ids.shape, embedding.embedding_dim):
@@ -396,6 +401,6 @@ def encode_rows(text_encoder: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
         )
     hook = embedding.register_forward_hook(lambda *_: rows.to(embedding.weight.dtype))
     try:
-        return text_encoder(ids)[0]
+        yield
     finally:
         hook.remove()

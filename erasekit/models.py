@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from erasekit import checkpoints, pipelines, worlds
 from erasekit.concepts import Concept, as_concepts, token_ids
+from erasekit.conditioning import Conditioning, joined, told
 from erasekit.layers import check_editable, text_projected_once, uncompiled
 from erasekit.paths import named_safetensors, replacing, write_atomically
 from erasekit.sampling import denoise
@@ -118,6 +119,14 @@ class DiffusionModel:
         """Whether pictures are drawn by `sampling.walk`, as of Stable Diffusion 1 and 2, or by the pipeline's call."""
         return self.denoiser_part == "unet" and getattr(self.pipeline, "text_encoder_2", None) is None
 
+    def check_drawn(self) -> None:
+        """ValueError where `sampling.walk` does not draw the model: it knows Stable Diffusion 1, 2 and XL."""
+        if not (self.own_loop or type(self.pipeline).__name__ == "StableDiffusionXLPipeline"):
+            raise ValueError(
+                f"this draws Stable Diffusion 1, 2 and XL from noise in a loop of its own, and "
+                f"{type(self.pipeline).__name__} is drawn by its pipeline"
+            )
+
     @property
     def fixed_batch(self) -> int | None:
         """4 for a small model (latents up to 16 x 16) on the CPU, else None.
@@ -194,25 +203,53 @@ class DiffusionModel:
             raise ValueError("there is no prompt to encode: give at least one")
         if self.denoiser_part == "transformer":
             return pipelines.embeddings(self.pipeline, prompts, self.device)[:, :length].to(self.dtype)
-        parts = [(self.tokenizer, self.text_encoder, lambda out: out[0])]
-        if (second := uncompiled(getattr(self.pipeline, "text_encoder_2", None))) is not None:
-            before_last = lambda out: out.hidden_states[-2]
-            both = [(self.tokenizer, self.text_encoder), (self.pipeline.tokenizer_2, second)]
-            parts = [
-                (*one, before_last) for one in (both[1:] if self.pipeline.text_encoder is None else both)
-            ]
-        fixed, sides = self.fixed_batch, []
-        for tokenizer, encoder, chosen in parts:
-            ids = token_ids(tokenizer, prompts)[:, :length].to(self.device)
-            batches = ids.split(fixed or batch_size)
+        return self._conditioning(prompts, batch_size, length).rows
 
-            @torch.no_grad()
-            def rows(batch: Tensor, encoder=encoder, chosen=chosen) -> Tensor:
-                out = encoder(_padded(batch, fixed), output_hidden_states=second is not None)
-                return chosen(out)[: len(batch)]
+    def conditioning(self, prompts: str | Sequence[str]) -> Conditioning:
+        """What the UNet is told of n prompts: their embeddings, as `encode` gives them, and of SDXL the pooled text.
+        ValueError where the denoiser is a transformer, and as in `encode`.
+        """
+        return self._conditioning([prompts] if isinstance(prompts, str) else list(prompts))
 
-            sides.append(torch.cat(self._map(rows, batches)))
-        return torch.cat(sides, -1).to(self.dtype)
+    def unconditional(self) -> Conditioning:
+        """What guidance leads away from, for one picture: the empty prompt, or the zeros that SDXL's pipeline takes in
+        its place (`force_zeros_for_empty_prompt`).
+        """
+        empty = self.conditioning("")
+        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt", False)
+        return empty.each(torch.zeros_like) if zeros else empty
+
+    @property
+    def text_encoders(self) -> dict[str, torch.nn.Module]:
+        """{part of the pipeline: CLIP text encoder} of those that a UNet is told a prompt by, in their order."""
+        found = {name: getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")}
+        return {name: uncompiled(one) for name, one in found.items() if one is not None}
+
+    @property
+    def tokenizers(self) -> list:
+        """That of each of `text_encoders`."""
+        return [
+            getattr(self.pipeline, name.replace("text_encoder", "tokenizer")) for name in self.text_encoders
+        ]
+
+    def tokenized(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Token ids (n, length) for each of `text_encoders`. ValueError for a prompt over the token limit."""
+        return [token_ids(one, prompts).to(self.device) for one in self.tokenizers]
+
+    @torch.no_grad()
+    def _conditioning(
+        self, prompts: Sequence[str], batch_size: int = 32, length: int | None = None
+    ) -> Conditioning:
+        fixed, encoders = self.fixed_batch, list(self.text_encoders.values())
+        ids = [one[:, :length].split(fixed or batch_size) for one in self.tokenized(prompts)]
+
+        @torch.no_grad()
+        def batch(parts: tuple[Tensor, ...]) -> Conditioning:
+            given = [_padded(one, fixed) for one in parts]
+            return told(encoders, given, self.pipeline.vae_scale_factor)[: len(parts[0])]
+
+        whole = joined(self._map(batch, list(zip(*ids, strict=True))))
+        return whole.each(lambda one: one.to(self.dtype))
 
     @torch.no_grad()
     def generate(
@@ -292,12 +329,12 @@ class DiffusionModel:
     @torch.no_grad()
     def draw(
         self,
-        embeddings: Tensor,
+        embeddings: Tensor | Conditioning,
         seeds: Sequence[int],
         *,
         steps: int = 25,
         guidance: float = 3.0,
-        uncond: Tensor | None = None,
+        uncond: Tensor | Conditioning | None = None,
         batch_size: int | None = None,
         callback: Callable[[dict], None] | None = None,
         progress: bool = False,
@@ -306,27 +343,30 @@ class DiffusionModel:
     ) -> list[Image]:
         """One picture per text embedding (n, length, d) and seed (n); what `generate` does after encoding.
 
-        Attacks in embedding space start here. uncond: (length, d), that of the empty prompt when None. ValueError for a
-        family that its own pipeline draws.
+        Attacks in embedding space start here. SDXL needs a `Conditioning`, whose pooled text is drawn with. uncond:
+        (length, d) or the conditioning of one prompt, `unconditional` when None. ValueError for a family that its own
+        pipeline draws.
         """
-        if not self.own_loop:
+        self.check_drawn()
+        embeddings = Conditioning(embeddings) if isinstance(embeddings, Tensor) else embeddings
+        uncond = Conditioning(uncond[None]) if isinstance(uncond, Tensor) else uncond
+        if embeddings.rows.ndim != 3 or len(embeddings) != len(seeds):
+            shape = tuple(embeddings.rows.shape)
+            raise ValueError(f"expected embeddings (n, length, d) and n seeds, got {shape} and {len(seeds)}")
+        if (embeddings.pooled is None) != self.own_loop:
             raise ValueError(
-                "pictures of embeddings are drawn here for Stable Diffusion 1 and 2: with those of "
-                f"{type(self.pipeline).__name__} call model.pipeline"
+                "SDXL is drawn from embeddings with the pooled text beside them: give what model.conditioning(prompts) "
+                "returns, its rows changed or not; other models have no pooled text"
             )
-        if embeddings.ndim != 3 or len(embeddings) != len(seeds):
-            raise ValueError(
-                f"expected embeddings (n, length, d) and n seeds, got {tuple(embeddings.shape)} and {len(seeds)}"
-            )
-        embeddings, seeds = embeddings.to(self.device, self.dtype), list(seeds)
-        uncond = self.encode("")[0] if uncond is None else uncond
+        embeddings, seeds = embeddings.each(lambda one: one.to(self.device, self.dtype)), list(seeds)
+        uncond = self.unconditional() if uncond is None else uncond
         fixed, size = self.fixed_batch, self._latents(height, width)
         starts = range(0, len(embeddings), fixed or batch_size or self.batch_size)
 
         def batch(first: int) -> list[Image]:
             part = slice(first, first + starts.step)
             count = len(embeddings[part])
-            text = _padded(embeddings[part], fixed)
+            text = embeddings[part].each(lambda one: _padded(one, fixed))
             own = seeds[part] + seeds[part][-1:] * (len(text) - count)
 
             def report(state: dict) -> None:
@@ -340,7 +380,7 @@ class DiffusionModel:
                 self.unet,
                 self.scheduler,
                 text,
-                uncond.expand_as(text),
+                uncond.times(len(text)),
                 [torch.Generator().manual_seed(seed) for seed in own],
                 steps=steps,
                 guidance=guidance,
@@ -374,7 +414,13 @@ class DiffusionModel:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image]:
         """Pictures of latents (n, channels, height, width)."""
+        # as SDXL's pipeline: in half precision its VAE gives black pictures
+        upcast = not self.own_loop and self.vae.dtype is torch.float16 and self.vae.config.force_upcast
+        if upcast:
+            self.vae.float()
         pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        if upcast:
+            self.vae.half()
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
 
     def fingerprint(self) -> str:

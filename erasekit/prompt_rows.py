@@ -15,7 +15,7 @@ from torch import Tensor
 
 from erasekit.closed_form import ContextMap, Rows, condensed, residuals
 from erasekit.edits import Edit
-from erasekit.layers import uncompiled
+from erasekit.layers import cross_attention_kv, uncompiled
 from erasekit.models import PARTS, DiffusionModel
 from erasekit.text_entries import Enough, TextEntry, call_pipeline, leaves, spaces, text_entries
 
@@ -145,6 +145,20 @@ def solved(
             state = {"step": step, "entry": name, "rank": small.rank}
             callback({**state, **residuals(maps[space], given)})
     return edit
+
+
+def keys_and_values(
+    model: DiffusionModel, stage: Edit, edited: DiffusionModel
+) -> tuple[ContextMap, dict[str, Tensor]]:
+    """Of a text_maps edit of SDXL, after which a method trains: the map of what keys and values read, and what it adds
+    to the other weights that read text, {"unet.…weight": delta} in half precision. edited: the model with it.
+    """
+    attention = {f"unet.{name}" for name in cross_attention_kv(model.unet)}
+    weights = {name: set(entry["weights"]) for name, entry in stage.metadata["entries"].items()}
+    (first,) = (one for name, one in stage.maps.items() if weights[name] & attention)
+    others = [name.removeprefix("unet.") for name in sorted(set().union(*weights.values()) - attention)]
+    was, now = (one.unet.get_parameter for one in (model, edited))
+    return first, {f"unet.{name}": (now(name) - was(name)).detach().half() for name in others}
 
 
 def preserved(

@@ -8,6 +8,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from erasekit.conditioning import Conditioning, joined, predict
+
 
 def ddim(scheduler) -> DDIMScheduler:
     """A DDIM scheduler with the noise schedule of any diffusers scheduler: as many time steps as steps, and UNet inputs
@@ -22,8 +24,8 @@ def ddim(scheduler) -> DDIMScheduler:
 def walk(
     unet,
     scheduler,
-    text_embeddings: Tensor,
-    uncond_embeddings: Tensor,
+    told: Conditioning,
+    uncond: Conditioning,
     generators: Sequence[torch.Generator],
     *,
     steps: int,
@@ -33,7 +35,7 @@ def walk(
 ) -> Iterator[dict]:
     """The way from noise to n pictures, one dict per step, computed as it is asked for.
 
-    text_embeddings, uncond_embeddings: (n, length, d), any device the UNet is on. generators: n CPU
+    told, uncond: of n prompts, on the UNet's device. generators: n CPU
     generators, from which picture i takes all its noise (drawn in float32, then rounded to the UNet's dtype,
     so that a picture starts from the same noise on every device). scheduler: any diffusers scheduler; a copy
     is used. guidance: w in e = e_uncond + w (e_text - e_uncond); at 1 or less the unconditional pass is left
@@ -49,18 +51,18 @@ def walk(
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
     guided = guidance > 1
-    context = torch.cat([uncond_embeddings, text_embeddings]) if guided else text_embeddings
+    context = joined([uncond, told]) if guided else told
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if takes_generator else {}
 
     for step, t in enumerate(scheduler.timesteps[skip:]):
-        sample, uncond = latents, None
+        sample, away = latents, None
         doubled = torch.cat([sample, sample]) if guided else sample
         doubled = scheduler.scale_model_input(doubled, t)
-        prediction = text = unet(doubled, t, encoder_hidden_states=context, return_dict=False)[0]
+        prediction = text = predict(unet, doubled, t, context)
         if guided:
-            uncond, text = prediction.chunk(2)
-            prediction = uncond + guidance * (text - uncond)
+            away, text = prediction.chunk(2)
+            prediction = away + guidance * (text - away)
         result = scheduler.step(prediction, t, sample, **extra)
         latents = result.prev_sample
         yield {
@@ -70,7 +72,7 @@ def walk(
             "latents": latents,
             "pred_x0": getattr(result, "pred_original_sample", None),
             "text": text,
-            "uncond": uncond,
+            "uncond": away,
         }
 
 

@@ -66,7 +66,7 @@ def asked(
     trains = trains(config) if callable(trains) else trains
     if trains and not families and model.denoiser_part != "unet":
         raise ValueError(
-            f"this method trains the UNet of Stable Diffusion 1 or 2, and {type(model.pipeline).__name__} has a "
+            f"this method trains on Stable Diffusion 1, 2 and XL, and {type(model.pipeline).__name__} has a "
             f"{type(model.denoiser).__name__}: erase by a closed form (uce, rece, mace and realera with lora=False, "
             "trce with stages='text') or by esd instead"
         )

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from erasekit.conditioning import joined, predict
 from erasekit.layers import channels_last, text_projected_once
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing
@@ -101,11 +102,11 @@ class States:
     )  # (prompts x noises, nodes ascending, ...)
 
     def __post_init__(self):
-        one_text_encoder(self.model)
+        self.model.check_drawn()
         self.scheduler = ddim(self.model.scheduler)
         self.scheduler.set_timesteps(self.sampler)
-        self.text = self.model.encode(list(self.prompts))
-        self.empty = self.model.encode("")[0]
+        self.text = self.model.conditioning(list(self.prompts))
+        self.empty = self.model.unconditional()
         if self.states != "cached":
             return
         ways = [(p, n) for p in range(len(self.prompts)) for n in range(self.noises)]
@@ -131,7 +132,7 @@ class States:
     @property
     def unguided(self) -> bool:
         """Whether both halves of guidance would be the same: the empty prompt alone."""
-        return not any(self.prompts)
+        return self.model.own_loop and not any(self.prompts)
 
     def timesteps(self) -> Tensor:
         """Time step of each node, (sampler,)."""
@@ -157,10 +158,8 @@ class States:
             rows = picks.prompt * self.noises + picks.noise
             return State(*(self.table[name][rows, picks.node].to(device) for name in STATE))
         sample, t = self._drawn(picks)
-        context = torch.cat([self.empty.expand(len(sample), -1, -1), self.text[picks.prompt.to(device)]])
-        both = self.model.unet(
-            torch.cat([sample, sample]), torch.cat([t, t]), encoder_hidden_states=context, return_dict=False
-        )[0]
+        context = joined([self.empty.times(len(sample)), self.text[picks.prompt]])
+        both = predict(self.model.unet, torch.cat([sample, sample]), torch.cat([t, t]), context)
         uncond, text = both.chunk(2)
         return State(sample, t, text, uncond)
 
@@ -187,12 +186,11 @@ class States:
 
     def _walk(self, prompt: Tensor, noise: Tensor, skip: int = 0):
         seeds = [self.seed + 7919 * int(p) + int(n) for p, n in zip(prompt, noise, strict=True)]
-        text = self.text[prompt.to(self.text.device)]
         return walk(
             self.model.unet if self.walker is None else self.walker,
             self.scheduler,
-            text,
-            self.empty.expand_as(text),
+            self.text[prompt],
+            self.empty.times(len(prompt)),
             [torch.Generator().manual_seed(seed) for seed in seeds],
             steps=self.sampler,
             guidance=1.0 if self.unguided else self.guidance,
@@ -245,11 +243,3 @@ def _read(file: Path) -> dict[str, Tensor] | None:
             return found if opened.metadata()["digest"] == _digest(found) else None
     except Exception:  # noqa: BLE001 - whatever is wrong with a cached file, it is made again
         return None
-
-
-def one_text_encoder(model: DiffusionModel) -> None:
-    """ValueError for a model with two text encoders."""
-    if getattr(model.pipeline, "text_encoder_2", None) is not None:
-        raise ValueError(
-            "this method knows one text encoder; SDXL has two: erase by a closed form or by esd instead"
-        )

@@ -1,12 +1,13 @@
 """Prompts with free places: token ids and embeddings that a search or a training fills."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erasekit.concepts import content_ids, token_ids
-from erasekit.layers import encode_rows, text_backbone
+from erasekit.layers import embedded_as, token_table
 
 
 def layout(tokenizer, contents: Sequence[Sequence[int | None]]) -> tuple[Tensor, Tensor]:
@@ -27,16 +28,25 @@ def layout(tokenizer, contents: Sequence[Sequence[int | None]]) -> tuple[Tensor,
     return torch.tensor([[0 if one is None else one for one in row] for row in ids]), free
 
 
-def embed(text_encoder: torch.nn.Module, ids: Tensor, free: Tensor, rows: Tensor) -> Tensor:
+def embed(text_encoder: nn.Module, ids: Tensor, free: Tensor, rows: Tensor) -> Tensor:
     """Text embeddings (n, length, d) of ids whose free tokens have the embeddings `rows` (number of free, d), in order.
 
     Gradients reach `rows` and the encoder's layers, never its embedding table.
     """
-    table = text_backbone(text_encoder).embeddings.token_embedding.weight.detach()
-    ids, free = ids.to(table.device), free.to(table.device)
-    fixed = table[ids].float()
-    filled = fixed.masked_scatter(free.unsqueeze(-1), rows.float())
-    return encode_rows(text_encoder, ids, filled)
+    ids = ids.to(text_encoder.device)
+    with filled(text_encoder, ids, free, rows):
+        return text_encoder(ids)[0]
+
+
+@contextmanager
+def filled(text_encoder: nn.Module, ids: Tensor, free: Tensor, rows: Tensor) -> Iterator[None]:
+    """Inside the block the text encoder, called with `ids`, finds `rows` at the free tokens, as in `embed`."""
+    table = token_table(text_encoder)
+    fixed = table[ids.to(table.device)].float()
+    with embedded_as(
+        text_encoder, ids, fixed.masked_scatter(free.to(table.device).unsqueeze(-1), rows.float())
+    ):
+        yield
 
 
 def vocabulary(tokenizer, stable: bool = True, blocked: Sequence[str] = ()) -> Tensor:

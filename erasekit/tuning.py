@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +74,7 @@ def descend(
         with mixed(model):
             return loss(step, generator)
 
-    with frozen(model.denoiser, model.text_encoder), channels_last(model.denoiser):
+    with frozen(model.denoiser, *model.text_encoders.values()), channels_last(model.denoiser):
         optimize(
             method, module, careful, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
             betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=clip, decay=0.0,
@@ -106,6 +106,15 @@ def difference(module: nn.Module, original: nn.Module, part: str) -> dict[str, T
         for name, p in module.named_parameters()
         if p.requires_grad
     }
+
+
+def check_changed(change: Mapping[str, Tensor], config) -> None:
+    """ValueError where training left every weight as it was."""
+    if not any(one.any() for one in change.values()):
+        raise ValueError(
+            f"training changed no weight by as much as half precision can tell (lr={config.lr}, iterations="
+            f"{config.iterations}): raise the learning rate, or train other parameters"
+        )
 
 
 def digest(thing) -> str:

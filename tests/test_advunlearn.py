@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import erasekit as ek
 from erasekit import models
 from erasekit.concepts import Concept, content_ids
-from erasekit.layers import text_backbone, text_parameters
+from erasekit.layers import text_backbone, text_parameters, token_table
 from erasekit.methods import advunlearn
 from erasekit.methods.advunlearn import adversary, attack_loss, slots, turn
 from erasekit.retained import COCO, _sentence, retained
@@ -45,7 +45,7 @@ def of(seen, name):
 
 
 def table(model):
-    return text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach()
+    return token_table(model.text_encoder)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_placements(shared_model, placement):
     tokenizer, k = shared_model.tokenizer, 2
     where = slots(shared_model, ["a church"], replace(SHORT, placement=placement, k=k))
     (a, church), end = content_ids(tokenizer, "a church"), tokenizer.eos_token_id
-    start, ids = tokenizer.bos_token_id, where.ids[0].tolist()
+    start, ids = tokenizer.bos_token_id, where.ids[0][0].tolist()
     free = where.free[0].nonzero().flatten().tolist()
     assert len(ids) == tokenizer.model_max_length and ids[0] == start
     assert {
@@ -83,15 +83,17 @@ def test_placements(shared_model, placement):
     same = {"prefix": "dog ink a church", "suffix": "a church dog ink", "replace": None, "add": "a church"}
     if same[placement]:
         given = torch.zeros_like(words) if placement == "add" else words
-        found = where.text(shared_model.text_encoder, given)
+        found = where.text([shared_model.text_encoder], given).rows
         assert torch.allclose(found, shared_model.encode(same[placement]), atol=1e-5)
 
 
 def test_a_suffix_cannot_reach_the_concept(shared_model):
     for placement, moves in (("suffix", False), ("prefix", True)):
         where = slots(shared_model, ["a church"], replace(SHORT, placement=placement))
-        one, other = (where.text(shared_model.text_encoder, begin(shared_model, where, s))[0] for s in (0, 1))
-        at = where.ids[0].tolist().index(content_ids(shared_model.tokenizer, "church")[0])
+        one, other = (
+            where.text([shared_model.text_encoder], begin(shared_model, where, s)).rows[0] for s in (0, 1)
+        )
+        at = where.ids[0][0].tolist().index(content_ids(shared_model.tokenizer, "church")[0])
         assert torch.equal(one[at], other[at]) != moves
         assert not torch.equal(one[-1], other[-1])
 
@@ -99,7 +101,7 @@ def test_a_suffix_cannot_reach_the_concept(shared_model):
 def test_prompts_of_different_length_have_their_own_slots(shared_model):
     where = slots(shared_model, ["church", "a church in ink"], replace(SHORT, placement="add"))
     assert where.exists.sum(1).tolist() == [1, 4] and where.base.shape == (2, 4, WIDTH)
-    text = where.text(shared_model.text_encoder, torch.zeros_like(where.base))
+    text = where.text([shared_model.text_encoder], torch.zeros_like(where.base)).rows
     assert torch.allclose(text, shared_model.encode(["church", "a church in ink"]), atol=1e-5)
 
 
@@ -114,8 +116,8 @@ def test_the_code_counts_words_for_tokens(shared_model):
         slots(shared_model, ["zebra"], replace(SHORT, states="frozen", faithful=f)) for f in (False, True)
     )
     assert len(pieces) > 1
-    assert right.ids[0, 2 : 2 + len(pieces)].tolist() == pieces
-    assert official.ids[0, 2] == pieces[0] and official.ids[0, 3] == shared_model.tokenizer.eos_token_id
+    assert right.ids[0][0, 2 : 2 + len(pieces)].tolist() == pieces
+    assert official.ids[0][0, 2] == pieces[0] and official.ids[0][0, 3] == shared_model.tokenizer.eos_token_id
 
 
 # The attacker
@@ -125,13 +127,13 @@ def attacked(model, points, config, start=None, count=None):
     where = slots(model, ["church", "a church"], config)
     start = begin(model, where) if start is None else start
     return where, start, adversary(
-        model.text_encoder, model.unet, where, start, points[:count], config
+        [model.text_encoder], model.unet, where, start, points[:count], config
     )  # fmt: skip
 
 
 def gradient(model, where, delta, state):
     delta = delta.clone().requires_grad_(True)
-    losses = attack_loss(model.text_encoder, model.unet, where, delta, state)
+    losses = attack_loss([model.text_encoder], model.unet, where, delta, state)
     return torch.autograd.grad(losses.sum(), delta)[0]
 
 
@@ -189,7 +191,7 @@ def test_the_attack_lowers_its_loss_and_chance_does_not(shared_model, points):
     config, same = replace(SHORT, rule="adam", alpha=0.02), [points[0]] * 20
     where, start, found = attacked(shared_model, same, config)
     with torch.no_grad():
-        error = lambda d: attack_loss(shared_model.text_encoder, shared_model.unet, where, d, points[0])
+        error = lambda d: attack_loss([shared_model.text_encoder], shared_model.unet, where, d, points[0])
         chance = start + (found - start).norm() * torch.nn.functional.normalize(
             begin(shared_model, where, 9), dim=(1, 2)
         )
@@ -209,9 +211,9 @@ def test_the_attack_leaves_every_weight_alone(model, points):
 def test_latest_goes_on_where_the_last_attack_ended(shared_model, monkeypatch, placement):
     begun, ended = [], []
 
-    def watched(encoder, unet, where, start, *rest):
+    def watched(encoders, unet, where, start, *rest):
         begun.append(start)
-        ended.append(adversary(encoder, unet, where, start, *rest))
+        ended.append(adversary(encoders, unet, where, start, *rest))
         return ended[-1]
 
     monkeypatch.setattr(advunlearn, "adversary", watched)

@@ -26,7 +26,7 @@ from erasekit.attacks import (
 from erasekit.concepts import content_ids, token_ids
 from erasekit.evaluate import judges, records
 from erasekit.experiments import stages
-from erasekit.layers import encode_rows, text_backbone
+from erasekit.layers import embedded_as, token_table
 
 
 class Brightness:
@@ -217,16 +217,21 @@ def test_a_judge_that_fails_stops_the_attack(model, pictures, tmp_path, monkeypa
 
 def test_rows_of_the_ids_give_the_stock_encoding_and_others_do_not(shared_model):
     ids = token_ids(shared_model.tokenizer, PROMPTS)
-    rows = text_backbone(shared_model.text_encoder).embeddings.token_embedding.weight[ids].detach()
-    assert torch.equal(encode_rows(shared_model.text_encoder, ids, rows), shared_model.text_encoder(ids)[0])
+    rows = token_table(shared_model.text_encoder)[ids]
+
+    def encoded(rows):
+        with embedded_as(shared_model.text_encoder, ids, rows):
+            return shared_model.text_encoder(ids)[0]
+
+    assert torch.equal(encoded(rows), shared_model.text_encoder(ids)[0])
     moved = rows.clone()
     moved[:, 3] += 0.1
-    changed = encode_rows(shared_model.text_encoder, ids, moved)
+    changed = encoded(moved)
     plain = shared_model.text_encoder(ids)[0]
     assert torch.equal(changed[:, :3], plain[:, :3])  # causal: earlier slots cannot see it
     assert not torch.allclose(changed[:, 3:], plain[:, 3:])
     with pytest.raises(ValueError, match="expected rows"):
-        encode_rows(shared_model.text_encoder, ids, rows[:1])
+        encoded(rows[:1])
 
 
 def test_layout_keeps_every_token_and_refuses_what_does_not_fit(shared_model):

@@ -299,7 +299,7 @@ def test_stable_diffusion_is_trained_to_the_bit_by_states(shared_model, source, 
     def loss(step, generator):
         prompt = torch.randint(2, (config.batch,), generator=generator)
         state = points.at(points.pick(prompt, generator))
-        text = points.text[prompt]
+        text = points.text[prompt].rows
         out = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
         wanted.append((out.float() - state.target(config.eta).float()).square().mean())
         return {"loss": wanted[-1]}
@@ -355,7 +355,7 @@ def test_training_comes_nearer_to_the_target(shared_model):
     points = states(shared_model, noises=8)
     here = Picks(torch.zeros(16, dtype=int), torch.arange(16) % 8, torch.arange(16) % 5, torch.zeros(16))
     state = points.at(here)
-    text = points.text[here.prompt]
+    text = points.text[here.prompt].rows
 
     def error():
         with torch.no_grad():

@@ -23,7 +23,7 @@ from torch import Tensor
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.concepts import content_ids, eot_position
-from erasekit.layers import text_backbone
+from erasekit.layers import token_table
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
 from erasekit.tokens import as_text, embed, layout, vocabulary
@@ -95,7 +95,7 @@ def search(
 ) -> dict:
     """found, text (prompts encoded) and trace of one greedy coordinate gradient search."""
     tokenizer = model.tokenizer
-    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
+    table = token_table(model.text_encoder).float()
     table = table[allowed.to(table.device)]
     wanted = _end_row(model, model.encode(target), torch.tensor([len(content_ids(tokenizer, target)) + 1]))
     ids, free = layout(tokenizer, [[None] * config.tokens])

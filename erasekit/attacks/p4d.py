@@ -29,7 +29,7 @@ from torch import Tensor
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.concepts import content_ids
-from erasekit.layers import text_backbone
+from erasekit.layers import token_table
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
 from erasekit.tokens import as_text, embed, fits, layout, vocabulary
@@ -121,7 +121,7 @@ def run(
     ids, free = layout(tokenizer, contents)
     clean, wanted_text = common.latents_of(model, pictures), original.encode([s.prompt.text for s in shots])
     allowed = vocabulary(tokenizer, config.stable)
-    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
+    table = token_table(model.text_encoder).float()
     table = table[allowed.to(table.device)]
 
     def search(piece: list[int]) -> list[dict]:

@@ -19,7 +19,7 @@ from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.concepts import content_ids
 from erasekit.evaluate import runs
-from erasekit.layers import text_backbone
+from erasekit.layers import token_table
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
 from erasekit.tokens import embed, layout
@@ -83,7 +83,7 @@ def run(
     ids, free = layout(tokenizer, [_opened(tokenizer, text, phrase, config.tokens) for text in captions])
     wanted = [_opened(tokenizer, shot.prompt.text, phrase, config.tokens) for shot in shots]
     clean = common.latents_of(model, pictures)
-    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
+    table = token_table(model.text_encoder).float()
     word = torch.nn.Module()
     # the mean of the vocabulary: no word in particular
     word.rows = torch.nn.Parameter(table.mean(0).repeat(config.tokens, 1))

@@ -25,6 +25,7 @@ training x_t, eps_o and y do not depend on it: states="cached" computes them onc
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -32,15 +33,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from erasekit.concepts import Concept, check_templates, content_ids, token_ids
+from erasekit.concepts import Concept, check_templates, content_ids
+from erasekit.conditioning import Conditioning, joined, predict, told
 from erasekit.edits import Edit
-from erasekit.layers import text_backbone, text_parameters, unet_parameters
+from erasekit.layers import text_parameters, token_table, unet_parameters
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
 from erasekit.settings import EMOJI_TEMPLATES, asked, check, erase_prompts
 from erasekit.states import Source, State, States, check_sources
-from erasekit.tokens import embed, layout
-from erasekit.tuning import descend, difference, trainee
+from erasekit.tokens import filled, layout
+from erasekit.tuning import check_changed, descend, difference, trainee
 
 Placement = Literal["prefix", "suffix", "replace", "add"]
 Rule = Literal["adam", "gd", "sign"]
@@ -51,18 +53,19 @@ Start = Literal["random", "latest"]
 class Config:
     """Settings of AdvUnlearn; symbols in the module docstring.
 
-    part: what is trained, "text" or one of ESD's sets of UNet parameters ("x", "u", ...). layers: the first so many of
-    the text encoder; None for all and the final norm. iterations, lr, batch: of Adam; each row has a prompt, states and
-    an attacker of its own. warmup: first iterations, on the plain prompt [code]. placement: where the k tokens stand,
-    before the prompt ("prefix"), behind it ("suffix"), in its place ("replace"), or as sums with its tokens ("add",
-    whatever k). attack_steps: K; 0 trains on the plain prompt. rule: "adam" [code], "gd" (gradient descent, as the
-    paper says), "sign" (fast AT, eq. 7). start: "random", embeddings of random tokens, or "latest", where the prompt's
-    last attack ended. templates: as in ESD. retain_batch: rows of the retain term. retain_templates: prompts of the
-    retained concepts, taken in turn. retain_similarity: drop retained names whose sentence row is at least this similar
-    (cosine) to an erased one's, 1 drops none. retain_null: retain the empty prompt too, on which guidance leans (ours).
-    eta, guidance, sampler, states, noises: as in ESD. faithful: the slips of the authors' code: words counted for
-    tokens, gradients of the attack added up, its last step lost, layers chosen by the beginning of their names, ESD's
-    lag. Retained rows draw their own time steps (there, those of the erased row).
+    part: what is trained, "text" (of SDXL both text encoders) or one of ESD's sets of UNet parameters ("x", "u", ...).
+    layers: the first so many of a text encoder; None for all and the final norm. iterations, lr, batch: of Adam; each
+    row has a prompt, states and an attacker of its own. warmup: first iterations, on the plain prompt [code].
+    placement: where the k tokens stand, before the prompt ("prefix"), behind it ("suffix"), in its place ("replace"),
+    or as sums with its tokens ("add", whatever k). attack_steps: K; 0 trains on the plain prompt. rule: "adam" [code],
+    "gd" (gradient descent, as the paper says), "sign" (fast AT, eq. 7). start: "random", embeddings of random tokens,
+    or "latest", where the prompt's last attack ended. templates: as in ESD. retain_batch: rows of the retain term.
+    retain_templates: prompts of the retained concepts, taken in turn. retain_similarity: drop retained names whose
+    sentence row is at least this similar (cosine) to an erased one's, 1 drops none. retain_null: retain the empty
+    prompt too, on which guidance leans (ours). eta, guidance, sampler, states, noises: as in ESD. faithful: the slips
+    of the authors' code: words counted for tokens, gradients of the attack added up, its last step lost, layers chosen
+    by the beginning of their names, ESD's lag. Retained rows draw their own time steps (there, those of the erased
+    row).
     """
 
     part: str = "text"
@@ -146,27 +149,35 @@ def turn(step: int, count: int, batch: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Prompts with places for the attack: token ids (n, length), which of them are free, the embeddings (n, slots, d)
-    to which delta is added there, and which slots of each prompt exist (n, slots).
+    """Prompts with places for the attack: token ids (n, length) of each text encoder, which of them are free, the
+    embeddings (n, slots, d) to which delta is added there, and which slots of each prompt exist (n, slots). d is the
+    width of a token's embedding; of SDXL's two encoders, which have the same tokens, both widths, side by side.
     """
 
-    ids: Tensor
+    ids: tuple[Tensor, ...]
     free: Tensor
     base: Tensor
     exists: Tensor
+    scale: int
 
-    def text(self, encoder: nn.Module, delta: Tensor) -> Tensor:
-        """Text embeddings (n, length, d) under the attack delta (n, slots, d)."""
-        return embed(encoder, self.ids, self.free, (self.base + delta)[self.exists])
+    def text(self, encoders: Sequence[nn.Module], delta: Tensor) -> Conditioning:
+        """The text under the attack delta (n, slots, d)."""
+        rows = (self.base + delta)[self.exists]
+        widths = [table.shape[1] for table in map(token_table, encoders)]
+        with ExitStack() as stack:
+            for encoder, ids, own in zip(encoders, self.ids, rows.split(widths, -1), strict=True):
+                stack.enter_context(filled(encoder, ids, self.free, own))
+            return told(encoders, self.ids, self.scale)
 
     def rows(self, at: Tensor) -> "Slots":
         """Of these prompts alone."""
-        return Slots(self.ids[at], self.free[at], self.base[at], self.exists[at])
+        ids = tuple(one[at] for one in self.ids)
+        return Slots(ids, self.free[at], self.base[at], self.exists[at], self.scale)
 
 
 def slots(model: DiffusionModel, prompts: Sequence[str], config: Config) -> Slots:
     """Places of the attack in each prompt. ValueError when a prompt is too long for it."""
-    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
+    table = tokens_of(model)
     contents = [content_ids(model.tokenizer, prompt) for prompt in prompts]
     if config.faithful:
         contents = [ids[: len(prompt.split())] for ids, prompt in zip(contents, prompts, strict=True)]
@@ -178,25 +189,34 @@ def slots(model: DiffusionModel, prompts: Sequence[str], config: Config) -> Slot
         "replace": lambda ids: [*open_, *[end] * len(ids)],
         "add": lambda ids: [None] * len(ids),
     }[config.placement]
-    ids, free = layout(model.tokenizer, [placed(one) for one in contents])
+    laid = [layout(one, [placed(ids) for ids in contents]) for one in model.tokenizers]
+    free = laid[0][1]
     counts = free.sum(1)
     exists = torch.arange(int(counts.max()))[None] < counts[:, None]
     base = torch.zeros(*exists.shape, table.shape[1])
     if config.placement == "add":
         base[exists] = table[torch.tensor([i for one in contents for i in one]).to(table.device)].cpu()
     device = table.device
-    return Slots(ids.to(device), free.to(device), base.to(device), exists.to(device))
+    ids = tuple(one.to(device) for one, _ in laid)
+    return Slots(ids, free.to(device), base.to(device), exists.to(device), model.pipeline.vae_scale_factor)
 
 
-def attack_loss(encoder, unet, where: Slots, delta: Tensor, state: State) -> Tensor:
+def tokens_of(model: DiffusionModel) -> Tensor:
+    """The embedding (vocabulary, d) of every token, of SDXL those of both text encoders side by side, float32."""
+    tables = [token_table(one) for one in model.text_encoders.values()]
+    return torch.cat([one[: min(map(len, tables))] for one in tables], -1).float()
+
+
+def attack_loss(
+    encoders: Sequence[nn.Module], unet: nn.Module, where: Slots, delta: Tensor, state: State
+) -> Tensor:
     """||eps_theta(x_t, delta + c_e) - eps_o(x_t, c_e)||^2, the mean over a latent, of each row (n,)."""
-    text = where.text(encoder, delta)
-    predicted = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
+    predicted = predict(unet, state.sample, state.timestep, where.text(encoders, delta))
     return (predicted.float() - state.text.float()).square().flatten(1).mean(1)
 
 
 def adversary(
-    encoder: nn.Module,
+    encoders: Sequence[nn.Module],
     unet: nn.Module,
     where: Slots,
     start: Tensor,
@@ -214,7 +234,7 @@ def adversary(
     optimizer = torch.optim.Adam([delta], lr=config.alpha) if adaptive else None
     for step, state in enumerate(states):
         used = delta.detach().clone()
-        losses = attack_loss(encoder, unet, where, delta, state)
+        losses = attack_loss(encoders, unet, where, delta, state)
         (gradient,) = torch.autograd.grad(losses.sum(), delta)
         if config.faithful:
             if delta.grad is not None:
@@ -266,21 +286,23 @@ def fit(
             similarity=config.retain_similarity, null=config.retain_null,
         )  # fmt: skip
 
-    encoder, unet, in_text = model.text_encoder, model.unet, config.part == "text"
-    if in_text:
-        encoder = part = trainee(encoder, trained_names(encoder, config))
+    originals, unet = model.text_encoders, model.unet
+    encoders = list(originals.values())
+    if config.part == "text":
+        encoders = [trainee(one, trained_names(one, config)) for one in encoders]
+        trained = dict(zip(originals, encoders, strict=True))
     else:
-        unet = part = trainee(unet, unet_parameters(unet, config.part))
-    module = nn.Module()
-    module.part = part
+        unet = trainee(unet, unet_parameters(unet, config.part))
+        trained = {"unet": unet}
+    module = nn.ModuleDict(trained)
     seed, order = (int(torch.randint(2**31, (), generator=generator)) for _ in range(2))
     how = (config.guidance, config.sampler, config.states, config.noises, config.faithful)
     walker = unet if config.states == "trained" else None
     states = States(model, prompts, seed, *how, walker, folder)
     retain = States(model, kept, seed + 1, *how, None, folder) if kept else None
-    where, plain = slots(model, prompts, config), token_ids(model.tokenizer, prompts).to(model.device)
-    kept_ids = token_ids(model.tokenizer, kept).to(model.device) if kept else None
-    table = text_backbone(model.text_encoder).embeddings.token_embedding.weight.detach().float()
+    where, plain = slots(model, prompts, config), model.tokenized(prompts)
+    kept_ids = model.tokenized(kept) if kept else None
+    table = tokens_of(model)
     # in the checkpoint, so that start="latest" goes on after an interruption
     module.register_buffer("latest", torch.zeros_like(where.base))
     module.register_buffer("begun", torch.zeros(len(prompts), dtype=torch.bool, device=model.device))
@@ -295,30 +317,33 @@ def fit(
             return fresh
         return torch.where(module.begun[at][:, None, None], module.latest[at], fresh)
 
-    def attacked(prompt: Tensor, generator: torch.Generator) -> Tensor:
-        """Text embeddings of the prompts under attack."""
+    def said(ids: Sequence[Tensor], rows: Tensor) -> Conditioning:
+        return told(encoders, [one[rows.to(model.device)] for one in ids], where.scale)
+
+    def attacked(prompt: Tensor, generator: torch.Generator) -> Conditioning:
+        """The prompts under attack."""
         at = prompt.to(model.device)
         own, begin = where.rows(at), started(prompt, generator)
         points = [states.at(states.pick(prompt, generator)) for _ in range(config.attack_steps)]
-        delta = adversary(encoder, unet, own, begin, points, config)
+        delta = adversary(encoders, unet, own, begin, points, config)
         for row, p in enumerate(prompt.tolist()):  # the last one, where a prompt is there twice
             module.latest[p], module.begun[p] = delta[row], True
-        return own.text(encoder, delta)
+        return own.text(encoders, delta)
 
     def loss(step: int, generator: torch.Generator) -> dict:
         prompt = torch.randint(len(prompts), (config.batch,), generator=generator)
         if config.attack_steps and step >= config.warmup:
             text = attacked(prompt, generator)
         else:
-            text = encoder(plain[prompt.to(model.device)])[0]
+            text = said(plain, prompt)
         state = states.at(states.pick(prompt, generator))
         wanted = state.target(config.eta)
         if retain is not None:
             due = turn(step, len(kept), config.retain_batch, order)
             other = retain.at(retain.pick(due, generator))
             state, wanted = state + other, torch.cat([wanted, other.text])
-            text = torch.cat([text, encoder(kept_ids[due.to(model.device)])[0]])
-        predicted = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
+            text = joined([text, said(kept_ids, due)])
+        predicted = predict(unet, state.sample, state.timestep, text)
         error = lambda a, b: (a.float() - b.float()).square().mean()
         n = config.batch
         terms = {"erase": error(predicted[:n], wanted[:n]), "retain": error(predicted[n:], wanted[n:])}
@@ -340,8 +365,12 @@ def fit(
         progress,
     )
     concepts = {"erase": [one.name for one in erased], "anchor": [], "preserve": names}
-    original, name = (model.text_encoder, "text_encoder") if in_text else (model.unet, "unet")
-    change = difference(part, original, name)
+    change = {}
+    for name, part in trained.items():
+        change |= difference(part, originals.get(name, model.unet), name)
+    # SDXL reads its first text encoder before the last layer, which therefore stays
+    change = {name: one for name, one in change.items() if one.any()}
+    check_changed(change, config)
     return Edit.from_weight_delta(change, model, method="advunlearn", config=config, concepts=concepts)
 
 

@@ -56,6 +56,7 @@ import torch
 from torch import Tensor, nn
 
 from erasekit.concepts import Concept, check_templates, fill
+from erasekit.conditioning import predict
 from erasekit.edits import Edit
 from erasekit.layers import denoiser_parameters
 from erasekit.models import DiffusionModel
@@ -63,7 +64,7 @@ from erasekit.recorded import Recorded
 from erasekit.recorded import State as Recording
 from erasekit.settings import EMOJI_TEMPLATES, asked, check, erase_prompts
 from erasekit.states import Source, State, States, check_sources
-from erasekit.tuning import descend, difference, trainee
+from erasekit.tuning import check_changed, descend, difference, trainee
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,7 @@ def fit(
         "erase": [one.name for one in erased], "anchor": [] if anchor is None else [instead], "preserve": [],
     }  # fmt: skip
     change = difference(module, model.denoiser, model.denoiser_part)
-    if not any(one.any() for one in change.values()):
-        raise ValueError(
-            f"training changed no weight by as much as half precision can tell (lr={config.lr}, iterations="
-            f"{config.iterations}): raise the learning rate, or train other parameters than {config.parameters!r}"
-        )
+    check_changed(change, config)
     return Edit.from_weight_delta(change, model, method="esd", config=config, concepts=concepts)
 
 
@@ -198,22 +195,19 @@ def _by_states(
         model, prompts, seed, config.guidance, config.sampler, config.states, config.noises, config.faithful,
         unet if config.states == "trained" else None, folder,
     )  # fmt: skip
-    concept = model.encode(about)
+    concept = model.conditioning(about)
 
     @torch.no_grad()
     def target(state: State, prompt: Tensor) -> Tensor:
         if about is prompts:
             return state.target(config.eta)
         with torch.autocast(model.device.type, enabled=False):
-            said = model.unet(
-                state.sample, state.timestep, encoder_hidden_states=concept[prompt], return_dict=False
-            )[0]
+            said = predict(model.unet, state.sample, state.timestep, concept[prompt])
         return state.text - (config.eta + 1) * (said - state.uncond)
 
     def pair(prompt: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         state, prompt = states.at(states.pick(prompt, generator)), prompt.to(model.device)
-        text = states.text[prompt]
-        predicted = unet(state.sample, state.timestep, encoder_hidden_states=text, return_dict=False)[0]
+        predicted = predict(unet, state.sample, state.timestep, states.text[prompt])
         return predicted, target(state, prompt)
 
     return pair

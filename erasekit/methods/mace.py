@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
+from erasekit.conditioning import predict
 from erasekit.edits import Edit
 from erasekit.layers import attention_with_gradient, cross_attention_kv, grid_of, record_attention
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
 from erasekit.sampling import ddim, denoise
 from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check
-from erasekit.states import one_text_encoder
 from erasekit.text_entries import spaces
 from erasekit.tuning import descend, discard, telling, trainee
 
@@ -218,12 +218,12 @@ def shown(
     templates = [given[i % len(given)] for i in range(config.pictures)]
     prompts = [fill(template, concept.name)[0] for template in templates]
     size = model.latent_size
-    text, empty = model.encode(prompts), model.encode("")[0]
+    model.check_drawn()
     own = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with record_attention(model.unet) as maps:
         latents = denoise(
-            model.unet, model.scheduler, text, empty.expand_as(text), own, steps=config.sampler,
-            guidance=config.guidance, size=size,
+            model.unet, model.scheduler, model.conditioning(prompts), model.unconditional().times(len(prompts)), own,
+            steps=config.sampler, guidance=config.guidance, size=size,
         )  # fmt: skip
     phrase, marked = (
         torch.stack([columns(model.tokenizer, template, concept.name, ends) for template in templates])
@@ -285,7 +285,7 @@ def suppress(
     """Train one concept's LoRA on a model (with the refined weights): {key or value weight: B A}, float32, and the
     folder of its checkpoint, which is left for the caller to discard.
     """
-    unet, text = adapter(model, config.rank, generator), model.encode(pictures.prompts)
+    unet, text = adapter(model, config.rank, generator), model.conditioning(pictures.prompts)
     scheduler = ddim(model.scheduler)
     likely = focal(scheduler.config.num_train_timesteps)
     likely = likely if config.focal else torch.ones_like(likely)
@@ -298,7 +298,7 @@ def suppress(
         noise = torch.randn(clean.shape, generator=generator).to(clean.device, clean.dtype)
         with attention_with_gradient(unet) as maps:
             noisy = scheduler.add_noise(clean, noise, t)
-            unet(noisy, t, encoder_hidden_states=text[at], return_dict=False)
+            predict(unet, noisy, t, text[at])
         return {
             "loss": attention_loss(maps.values(), pictures.masks[at], pictures.columns[at], config.squared)
         }
@@ -377,8 +377,8 @@ def fit(
     progress: bool = False,
     segment: Segment | None = None,
 ) -> Edit:
-    """Erase concepts; returns a weight_delta of the keys and values, or a context_map when config.lora is False: then
-    also for models with other text entries, SDXL and transformers, as a text_maps Edit.
+    """Erase concepts; returns a weight_delta of the keys and values, and of SDXL's pooled entry, which the refinement
+    alone changes; or a context_map when config.lora is False: then also for transformers, as a text_maps Edit.
 
     anchor: the mapping concept, else the concept's own, else the config's. preserve: what captions are kept; when
     empty, all other concepts of the emoji world, or COCO's categories. segment: a segmentation model, given the
@@ -389,7 +389,7 @@ def fit(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=lambda config: config.lora
     )
     if config.lora:
-        one_text_encoder(model)
+        model.check_drawn()
     instead = anchors(erased, anchor, config.anchor)
     pairs = [
         (fill(template, concept.name)[0], fill(template, other)[0], fill(template, "")[0])
@@ -402,17 +402,23 @@ def fit(
     if not model.own_loop:
         found = entry_rows(model, pairs, captions, concepts)
         refined = lambda rows: refine(rows.sources, rows.targets, rows.preserved, config)
-        return prompt_rows.solved(model, found, refined, callback, -1, **named)
+        stage = prompt_rows.solved(model, found, refined, callback, -1, **named)
+        if not config.lora:
+            return stage
     kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
-    sources, targets = residue(model, [pair[:2] for pair in pairs])
-    first = refine(sources, targets, kept, config)
-    if callback is not None:
-        given = closed_form.Rows(sources, targets, kept, concepts)
-        callback({"step": -1, "rank": first.compressed(1e-7).rank, **closed_form.residuals(first, given)})
+    if model.own_loop:
+        sources, targets = residue(model, [pair[:2] for pair in pairs])
+        first = refine(sources, targets, kept, config)
+        if callback is not None:
+            given = closed_form.Rows(sources, targets, kept, concepts)
+            callback({"step": -1, "rank": first.compressed(1e-7).rank, **closed_form.residuals(first, given)})
+        stage = Edit.from_context_map(first, model, **named)
     if not config.lora:
-        return Edit.from_context_map(first, model, **named)
+        return stage
 
-    refined = Edit.from_context_map(first, model).merged(model)
+    refined, beside = stage.merged(model), {}
+    if not model.own_loop:
+        first, beside = prompt_rows.keys_and_values(model, stage, refined)
     changes, keys, places = [], [], []
     for concept in erased:
         seed = int(torch.randint(2**31, (), generator=generator))
@@ -429,4 +435,5 @@ def fit(
     weights = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
     fused = fuse(weights, first, changes, keys, kept, config)
     discard(places)  # not before: an interrupted call finds the concepts that were done
-    return Edit.from_weight_delta({f"unet.{k}": v.half() for k, v in fused.items()}, model, **named)
+    whole = beside | {f"unet.{name}": change for name, change in fused.items()}
+    return Edit.from_weight_delta({name: one.half() for name, one in whole.items()}, model, **named)

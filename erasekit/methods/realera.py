@@ -29,13 +29,14 @@ from torch import Tensor
 from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
+from erasekit.conditioning import Conditioning, predict
 from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import mace
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
 from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check
-from erasekit.states import Picks, State, States, one_text_encoder
+from erasekit.states import Picks, State, States
 from erasekit.text_entries import TextEntry, spaces
 from erasekit.tokens import as_text, vocabulary
 from erasekit.tuning import descend, discard, telling
@@ -423,23 +424,20 @@ def align(
         model, prompts, seed, config.guidance, config.sampler, "cached", config.noises, folder=folder
     )
     unet = mace.adapter(start, config.rank, generator)
-    text, mapped = model.encode(prompts), model.encode([pair.other for pair in pairs])
+    text, mapped = model.conditioning(prompts), model.conditioning([pair.other for pair in pairs])
     node_weights = torch.ones(config.sampler)
     if config.focal:
         node_weights = mace.focal(states.scheduler.config.num_train_timesteps)[states.timesteps()]
     device, dtype = model.device, model.dtype
 
-    def predicted(net, state: State, context: Tensor) -> Tensor:
-        """Predictions for several contexts (n, k, length, d) of each state's latents, (n, k, ...)."""
+    def predicted(net, state: State, own: Conditioning, context: Tensor) -> Tensor:
+        """Predictions for several contexts (n, k, length, d) of each state's latents, (n, k, ...). own: of the n
+        prompts, what is told beside the rows.
+        """
         k = context.shape[1]
         repeat = lambda x: x.repeat_interleave(k, 0)
-        out = net(
-            repeat(state.sample),
-            repeat(state.timestep),
-            encoder_hidden_states=context.flatten(0, 1),
-            return_dict=False,
-        )[0]
-        return out.unflatten(0, (-1, k))
+        told = own.with_rows(context.flatten(0, 1))
+        return predict(net, repeat(state.sample), repeat(state.timestep), told).unflatten(0, (-1, k))
 
     def loss(step: int, generator: torch.Generator) -> dict:
         prompt = torch.randint(len(pairs), (config.batch,), generator=generator)
@@ -447,26 +445,27 @@ def align(
         if config.focal:
             nodes = torch.multinomial(node_weights, config.batch, replacement=True, generator=generator)
             picks = Picks(picks.prompt, picks.noise, nodes, picks.offset)
-        state, own = states.at(picks), text[prompt.to(device)]
+        state, own, other = states.at(picks), text[prompt], mapped[prompt]
         draw = lambda count, far: torch.stack(
             [
                 perturbed(one, pairs[p].rows, count, config, generator, basis=basis, far=far)
-                for one, p in zip(own, prompt.tolist(), strict=True)
+                for one, p in zip(own.rows, prompt.tolist(), strict=True)
             ]
         ).to(device, dtype)
-        context = [own[:, None]]
+        context = [own.rows[:, None]]
         if config.neighbour:
             context.append(draw(config.lora_n, False))
-        far = draw(config.lora_m, True) if config.beyond else own[:, None][:, :0]
+        far = draw(config.lora_m, True) if config.beyond else own.rows[:, None][:, :0]
         near = torch.cat(context, 1)
         with torch.no_grad():
-            teacher = predicted(model.unet, state, torch.cat([mapped[prompt.to(device)][:, None], far], 1))
+            mapping = predicted(model.unet, state, other, other.rows[:, None])[:, 0]
+            teacher = predicted(model.unet, state, own, far) if config.beyond else None
         wanted = {
-            "mapping": lambda: teacher[:, 0],
+            "mapping": lambda: mapping,
             "esd": lambda: state.target(config.eta),
             "unconditional": lambda: state.uncond,
         }[config.target]()
-        student = predicted(unet, state, torch.cat([near, far], 1)).float()
+        student = predicted(unet, state, own, torch.cat([near, far], 1)).float()
         error = lambda a, b: (a - b.float()).square().mean()
         terms = {"erase": error(student[:, 0], wanted)}
         total = terms["erase"]
@@ -474,7 +473,7 @@ def align(
             terms["near"] = error(student[:, 1 : near.shape[1]], wanted[:, None])
             total = total + config.lambda_n * terms["near"]
         if config.beyond:
-            terms["far"] = error(student[:, near.shape[1] :], teacher[:, 1:])
+            terms["far"] = error(student[:, near.shape[1] :], teacher)
             total = total + config.lambda_far * terms["far"]
         return {"loss": total, **terms}
 
@@ -499,7 +498,8 @@ def fit(
     progress: bool = False,
 ) -> Edit:
     """Erase concepts with their neighbours; returns a context_map for lora=False, else a weight_delta of keys and
-    values. With lora=False also for models with other text entries, SDXL and transformers, as a text_maps Edit.
+    values, and of SDXL's pooled entry, which the closed form alone changes. With lora=False also for transformers, as
+    a text_maps Edit.
 
     anchor: the mapping concept, else the concept's own, else the config's. preserve: captions that are kept, and, in
     mode "subspace", siblings whose directions are taken out of it; when empty, all other concepts of the emoji world,
@@ -510,20 +510,24 @@ def fit(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=lambda config: config.lora
     )
     if config.lora:
-        one_text_encoder(model)
+        model.check_drawn()
     instead = anchors(erased, anchor, config.anchor)
     names, captions = retained(model, erased, preserved, config.keep_templates, null=True)
     concepts = {"erase": [one.name for one in erased], "anchor": instead, "preserve": names}
     named = dict(method="realera", config=config, concepts=concepts)
-    if not model.own_loop:
+    solve = lambda rows: closed(rows.sources, rows.targets, rows.preserved, config)
+    stage = None
+    if not model.own_loop and config.closed_form:
         prompts = [
             tuple(fill(template, phrase)[0] for phrase in (concept.name, other, ""))
             for concept, other in zip(erased, instead, strict=True)
             for template in concept.templates or config.templates
         ]
         found = entry_rows(model, prompts, captions, concepts, config, generator)
-        solve = lambda rows: closed(rows.sources, rows.targets, rows.preserved, config)
-        return prompt_rows.solved(model, found, solve, callback, -1, **named)
+        stage = prompt_rows.solved(model, found, solve, callback, -1, **named)
+    if not config.lora and stage is not None:
+        return stage
+
     kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
     wanted = config.mode == "subspace" and config.neighbour
     own_basis = [subspace(model, concept, config, names) if wanted else None for concept in erased]
@@ -533,7 +537,7 @@ def fit(
     ]
 
     first = ContextMap.identity(kept.shape[1])
-    if config.closed_form:
+    if model.own_loop and config.closed_form:
         flat = [
             (embedded(model, pair), basis)
             for pairs, basis in zip(own_pairs, own_basis, strict=True)
@@ -542,10 +546,13 @@ def fit(
         first = closed(*closed_rows(flat, kept, config, generator), config)
         if callback is not None:
             callback({"step": -1, "rank": first.compressed(1e-7).rank})
+        stage = Edit.from_context_map(first, model, **named)
     if not config.lora:
-        return Edit.from_context_map(first, model, **named)
+        return stage
 
-    start = Edit.from_context_map(first, model).merged(model)
+    start, beside = model.copy() if stage is None else stage.merged(model), {}
+    if stage is not None and not model.own_loop:
+        first, beside = prompt_rows.keys_and_values(model, stage, start)
     changes, keys, places = [], [], []
     for concept, pairs, basis in zip(erased, own_pairs, own_basis, strict=True):
         tell = telling(callback, concept=concept.name)
@@ -565,4 +572,5 @@ def fit(
             for name, w in weights.items()
         }
     discard(places)
-    return Edit.from_weight_delta({f"unet.{k}": v.half() for k, v in moved.items()}, model, **named)
+    whole = beside | {f"unet.{name}": change for name, change in moved.items()}
+    return Edit.from_weight_delta({name: one.half() for name, one in whole.items()}, model, **named)

@@ -41,6 +41,7 @@ from erasekit.concepts import (
     subject_span,
     token_ids,
 )
+from erasekit.conditioning import joined, predict
 from erasekit.edits import Edit
 from erasekit.layers import unet_parameters
 from erasekit.models import DiffusionModel
@@ -48,9 +49,9 @@ from erasekit.paths import DATA
 from erasekit.retained import retained
 from erasekit.sampling import ddim, walk
 from erasekit.settings import EMOJI_TEMPLATES, asked, check
-from erasekit.states import States, cached, one_text_encoder
+from erasekit.states import States, cached
 from erasekit.text_entries import spaces
-from erasekit.tuning import descend, difference, trainee
+from erasekit.tuning import check_changed, descend, difference, trainee
 
 Token = Literal["sot", "key", "eot", "last", "all"]
 Stages = Literal["both", "text", "trajectory"]
@@ -335,7 +336,7 @@ def trajectories(
     """`noises` ways for each malicious prompt, drawn by the model as it is. Kept in pieces of which a kill costs one at
     most; a piece that is damaged is drawn again.
     """
-    text, instead, empty = model.encode(list(malicious)), model.encode(list(safe)), model.encode("")[0]
+    text, instead, empty = *map(model.conditioning, (malicious, safe)), model.unconditional()
     ways = [(p, n) for n in range(config.noises) for p in range(len(malicious))]
 
     def early(piece: slice) -> dict[str, Tensor]:
@@ -345,17 +346,16 @@ def trajectories(
         points: list[list[Tensor]] = []
         own = [torch.Generator().manual_seed(seed + 7919 * p + n) for p, n in part]
         way = walk(
-            model.unet, ddim(model.scheduler), text[at], empty.expand_as(text[at]), own, steps=config.sampler,
+            model.unet, ddim(model.scheduler), text[at], empty.times(len(part)), own, steps=config.sampler,
             guidance=config.guidance, size=model.latent_size,
         )  # fmt: skip
         for step in islice(way, config.early):
             x, t = step["sample"], step["timestep"]
-            predict = lambda x, rows, t=t: model.unet(x, t, encoder_hidden_states=rows, return_dict=False)[0]
             told, uncond = step["text"], step["uncond"]
             if config.faithful:  # the code keeps what the step made, with the time step it was made at
                 x = step["latents"]
-                told, uncond = predict(x, text[at]), predict(x, empty.expand_as(text[at]))
-            d, k = directions(told, predict(x, instead[at]), uncond, config.beta)
+                told, uncond = (predict(model.unet, x, t, one) for one in (text[at], empty.times(len(part))))
+            d, k = directions(told, predict(model.unet, x, t, instead[at]), uncond, config.beta)
             points.append([x.half(), d.half(), k, torch.full((len(part),), t), prompt])
         return {
             name: torch.stack(column, 1)
@@ -377,8 +377,7 @@ def calmed(start: DiffusionModel, calm: States, also: Sequence, folder: Path | N
         found = []
         for node in range(calm.sampler):
             x, t = (calm.table[name][part, node].to(start.device) for name in ("sample", "timestep"))
-            text = calm.empty.expand(len(x), -1, -1)
-            found.append(start.unet(x, t, encoder_hidden_states=text, return_dict=False)[0])
+            found.append(predict(start.unet, x, t, calm.empty.times(len(x))))
         return {"uncond": torch.stack(found, 1)}
 
     what = [dict(calm.model.scheduler.config), calm.sampler, calm.noises, *also]
@@ -420,7 +419,7 @@ def fit(
         trains=lambda config: config.stages != "text",
     )
     if config.stages != "text":
-        one_text_encoder(model)
+        model.check_drawn()
     instead = anchor.name if isinstance(anchor, Concept) else anchor
     given = pairs(erased, instead, config)
     about = [
@@ -433,33 +432,41 @@ def fit(
     }
     named = dict(method="trce", config=config, concepts=concepts)
 
-    first = None
+    first = stage = None
     if config.stages != "trajectory":
         names, captions = retained(model, about, preserved, config.keep_templates, null=True)
         concepts["preserve"] = names
         if not model.own_loop:
             found = entry_rows(model, given, captions, concepts, config)
-            stage = lambda rows: solve(
+            solution = lambda rows: solve(
                 rows.sources, rows.targets, rows.preserved, config, len(given), len(captions)
             )
-            return prompt_rows.solved(model, found, stage, callback, -1, **named)
-        kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
-        sources, targets = rows(model, given, config)
-        first = solve(sources, targets, kept, config, len(given), len(captions))
-        if callback is not None:
-            whole = closed_form.Rows(sources, targets, kept, concepts)
-            callback({"step": -1, "rank": first.compressed(1e-7).rank, **closed_form.residuals(first, whole)})
+            stage = prompt_rows.solved(model, found, solution, callback, -1, **named)
+        else:
+            kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
+            sources, targets = rows(model, given, config)
+            first = solve(sources, targets, kept, config, len(given), len(captions))
+            if callback is not None:
+                whole = closed_form.Rows(sources, targets, kept, concepts)
+                callback(
+                    {"step": -1, "rank": first.compressed(1e-7).rank, **closed_form.residuals(first, whole)}
+                )
+            stage = Edit.from_context_map(first, model, **named)
         if config.stages == "text":
-            return Edit.from_context_map(first, model, **named)
+            return stage
 
     steered = pairs(erased, instead, replace(config, templates=config.steer_templates))
-    change = steer(model, first, steered, config, generator, callback, folder, progress)
+    start = model.copy() if stage is None else stage.merged(model)
+    change = steer(model, start, steered, config, generator, callback, folder, progress)
+    if stage is not None and not model.own_loop:
+        first, beside = prompt_rows.keys_and_values(model, stage, start)
+        change |= beside
     return Edit.from_weight_delta(change, model, first, **named)
 
 
 def steer(
     model: DiffusionModel,
-    first: ContextMap | None,
+    start: DiffusionModel,
     given: Sequence[tuple[str, str, str, str]],
     config: Config,
     generator: torch.Generator,
@@ -467,35 +474,34 @@ def steer(
     folder: Path | None,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """Stage 2: what is added to self-attention and to the queries of cross-attention, in half precision."""
+    """Stage 2: what is added to self-attention and to the queries of cross-attention, in half precision. start: the
+    model after stage 1, or a copy.
+    """
     malicious, safe = [one[0] for one in given], [one[2] for one in given]
     seed = int(torch.randint(2**31, (), generator=generator))
     points = trajectories(model, malicious, safe, seed, config, folder)
     calm = States(
         model, [""], seed + 1, config.guidance, config.sampler, "cached", config.calm, folder=folder
     )
-    start = model.copy() if first is None else Edit.from_context_map(first, model).merged(model)
     unet = trainee(start.unet, unet_parameters(start.unet, "visual"))
-    text, empty, device = model.encode(malicious), model.encode("")[0], model.device
+    text, empty, device = model.conditioning(malicious), model.unconditional(), model.device
     wanted = calm.table["uncond"]
-    if config.reference == "stage1" and first is not None:
+    if config.reference == "stage1" and config.stages == "both":
         wanted = calmed(start, calm, [model.fingerprint(), seed], folder)
 
     def loss(step: int, generator: torch.Generator) -> dict:
         picked = torch.randint(len(points.timesteps), (config.batch,), generator=generator)
         at = lambda name: getattr(points, name)[picked].to(device)
         z, d, k, t = at("latents").to(model.dtype), at("directions"), at("offsets"), at("timesteps")
-        own = text[points.prompts[picked].to(device)]
+        own = text[points.prompts[picked]]
         picks = calm.pick(torch.zeros(config.keep_batch, dtype=torch.long), generator)
         still, held = calm.at(picks), wanted[picks.noise, picks.node].to(device)
-        none = lambda n: empty.expand(n, -1, -1)
         x, times, context = [z], [t], [own]
         if config.branches == "both":
-            x, times, context = [*x, z], [*times, t], [*context, none(len(z))]
-        x, times, context = [*x, still.sample], [*times, still.timestep], [*context, none(config.keep_batch)]
-        out = unet(
-            torch.cat(x), torch.cat(times), encoder_hidden_states=torch.cat(context), return_dict=False
-        )[0]
+            x, times, context = [*x, z], [*times, t], [*context, empty.times(len(z))]
+        x, times = [*x, still.sample], [*times, still.timestep]
+        context.append(empty.times(config.keep_batch))
+        out = predict(unet, torch.cat(x), torch.cat(times), joined(context))
         steered, calmly = out[: -config.keep_batch], out[-config.keep_batch :]
         repeat = len(steered) // len(z)
         losses = hinge(steered, d.repeat(repeat, 1, 1, 1), k.repeat(repeat), config.margin)
@@ -507,4 +513,6 @@ def steer(
         "trce", model, unet, loss, config, [*malicious, *safe], generator, callback, folder, progress,
         weight_decay=0.01, clear=not config.faithful, also=[start],
     )  # fmt: skip
-    return difference(unet, start.unet, "unet")
+    change = difference(unet, start.unet, "unet")
+    check_changed(change, config)
+    return change
