@@ -18,7 +18,7 @@ test: .venv/.ready  ## run the tests, then every notebook against its committed 
 
 notebooks: .venv/.ready  ## only run every notebook against its committed outputs
 	OMP_NUM_THREADS=1 $(RUN) -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
-		--nbval-sanitize-with notebooks/sanitize.cfg -n $(JOBS) --dist loadscope
+		--nbval-sanitize-with notebooks/sanitize.cfg -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 refresh: .venv/.ready  ## re-execute the notebooks in place, ready to commit
 	$(RUN) -m erasekit notebooks refresh --jobs $(JOBS)

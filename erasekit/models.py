@@ -123,8 +123,9 @@ class DiffusionModel:
         """ValueError where `sampling.walk` does not draw the model: it knows Stable Diffusion 1, 2 and XL."""
         if not (self.own_loop or type(self.pipeline).__name__ == "StableDiffusionXLPipeline"):
             raise ValueError(
-                f"this draws Stable Diffusion 1, 2 and XL from noise in a loop of its own, and "
-                f"{type(self.pipeline).__name__} is drawn by its pipeline"
+                "Stable Diffusion 1, 2 and XL are drawn from noise in a loop of our own, and "
+                f"{type(self.pipeline).__name__} is drawn by its pipeline: of SDXL give the base model as a "
+                "StableDiffusionXLPipeline; else draw with model.generate, and erase by a closed form or by esd"
             )
 
     @property
@@ -199,16 +200,15 @@ class DiffusionModel:
         encoder is causal). Raises ValueError for a prompt over the token limit.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("there is no prompt to encode: give at least one")
-        if self.denoiser_part == "transformer":
+        if self.denoiser_part == "transformer" and prompts:
             return pipelines.embeddings(self.pipeline, prompts, self.device)[:, :length].to(self.dtype)
         return self._conditioning(prompts, batch_size, length).rows
 
     def conditioning(self, prompts: str | Sequence[str]) -> Conditioning:
         """What the UNet is told of n prompts: their embeddings, as `encode` gives them, and of SDXL the pooled text.
-        ValueError where the denoiser is a transformer, and as in `encode`.
+        ValueError as in `check_drawn` and `encode`.
         """
+        self.check_drawn()
         return self._conditioning([prompts] if isinstance(prompts, str) else list(prompts))
 
     def unconditional(self) -> Conditioning:
@@ -240,6 +240,8 @@ class DiffusionModel:
     def _conditioning(
         self, prompts: Sequence[str], batch_size: int = 32, length: int | None = None
     ) -> Conditioning:
+        if not prompts:
+            raise ValueError("there is no prompt to encode: give at least one")
         fixed, encoders = self.fixed_batch, list(self.text_encoders.values())
         ids = [one[:, :length].split(fixed or batch_size) for one in self.tokenized(prompts)]
 
@@ -349,17 +351,17 @@ class DiffusionModel:
         """
         self.check_drawn()
         embeddings = Conditioning(embeddings) if isinstance(embeddings, Tensor) else embeddings
+        uncond = self.unconditional() if uncond is None else uncond
         uncond = Conditioning(uncond[None]) if isinstance(uncond, Tensor) else uncond
         if embeddings.rows.ndim != 3 or len(embeddings) != len(seeds):
             shape = tuple(embeddings.rows.shape)
             raise ValueError(f"expected embeddings (n, length, d) and n seeds, got {shape} and {len(seeds)}")
-        if (embeddings.pooled is None) != self.own_loop:
+        if any((one.pooled is None) != self.own_loop for one in (embeddings, uncond)):
             raise ValueError(
                 "SDXL is drawn from embeddings with the pooled text beside them: give what model.conditioning(prompts) "
                 "returns, its rows changed or not; other models have no pooled text"
             )
         embeddings, seeds = embeddings.each(lambda one: one.to(self.device, self.dtype)), list(seeds)
-        uncond = self.unconditional() if uncond is None else uncond
         fixed, size = self.fixed_batch, self._latents(height, width)
         starts = range(0, len(embeddings), fixed or batch_size or self.batch_size)
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from diffusers import DDIMScheduler
+from families import tiny
+from test_families import sdxl
 
 import erasekit as ek
 from erasekit import models, tokens
@@ -89,6 +91,13 @@ def attacked(name, model, pictures, folder, goal=DARK, config=None, **changes):
 
 
 # What all attacks share
+
+
+@pytest.mark.parametrize("make", [sdxl, lambda: tiny("flux")], ids=["sdxl", "flux"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_families_that_no_attack_knows_are_refused(name, make, pictures, tmp_path):
+    with pytest.raises(ValueError, match="attacks search Stable Diffusion 1 and 2"):
+        attacked(name, models.load(make()), pictures, tmp_path / "attacks")
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from families import tiny
 from test_families import TRAINED, context, picture, sdxl
 
 import erasekit as ek
@@ -76,10 +77,16 @@ def test_embeddings_without_pooled_text_are_refused_and_so_is_the_opposite(model
     with pytest.raises(ValueError, match="pooled text"):
         model.draw(model.encode("a church"), [0])
     with pytest.raises(ValueError, match="pooled text"):
+        model.draw(model.conditioning("a church"), [0], uncond=model.encode("")[0])
+    with pytest.raises(ValueError, match="pooled text"):
         shared_model.draw(Conditioning(shared_model.encode("church"), torch.zeros(1, 4)), [0])
 
 
 def test_conditioning_is_what_the_pipeline_feeds(model):
+    with pytest.raises(ValueError, match="FluxPipeline is drawn by its pipeline"):
+        ek.load(tiny("flux")).conditioning("a church")
+    with pytest.raises(ValueError, match="no prompt to encode"):
+        model.conditioning([])
     stock, told = context(model.pipeline, "a church"), model.conditioning(["a dog", "a church"])[1:]
     assert torch.allclose(told.rows, stock["prompt_embeds"], atol=1e-5)
     assert torch.allclose(told.pooled, stock["pooled_prompt_embeds"], atol=1e-5)

@@ -302,8 +302,14 @@ def prepare(
     """Draw and judge the prompts as they are, and find the folder of this attack on this victim.
 
     generator: one, from which a seed for each attempt is drawn in order, or one for each attempt (None: seed 0).
-    depends: whatever else the result depends on: tensors, pictures, texts, other models.
+    depends: whatever else the result depends on: tensors, pictures, texts, other models. ValueError for a model that no
+    attack here knows, such as SDXL.
     """
+    if not model.own_loop:
+        raise ValueError(
+            "attacks search Stable Diffusion 1 and 2, whose one text encoder is all that the UNet is told by: of "
+            f"{type(model.pipeline).__name__} measure the prompts themselves (erasekit.evaluate.runs)"
+        )
     prompts, seeds = model._pairs(prompts, seeds)
     if goal.roles != ("target",):
         raise ValueError("the goal is a Measure about the role 'target': make it with attacks.sees(...)")

@@ -399,13 +399,8 @@ def fit(
     names, captions = retained(model, erased, preserved, config.keep_templates, null=True)
     concepts = {"erase": [one.name for one in erased], "anchor": instead, "preserve": names}
     named = dict(method="mace", config=config, concepts=concepts)
-    if not model.own_loop:
-        found = entry_rows(model, pairs, captions, concepts)
-        refined = lambda rows: refine(rows.sources, rows.targets, rows.preserved, config)
-        stage = prompt_rows.solved(model, found, refined, callback, -1, **named)
-        if not config.lora:
-            return stage
-    kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
+    if model.own_loop or config.lora:
+        kept = closed_form.condensed(model.encode(captions).double().flatten(0, 1))
     if model.own_loop:
         sources, targets = residue(model, [pair[:2] for pair in pairs])
         first = refine(sources, targets, kept, config)
@@ -413,6 +408,10 @@ def fit(
             given = closed_form.Rows(sources, targets, kept, concepts)
             callback({"step": -1, "rank": first.compressed(1e-7).rank, **closed_form.residuals(first, given)})
         stage = Edit.from_context_map(first, model, **named)
+    else:
+        found = entry_rows(model, pairs, captions, concepts)
+        solve = lambda rows: refine(rows.sources, rows.targets, rows.preserved, config)
+        stage = prompt_rows.solved(model, found, solve, callback, -1, **named)
     if not config.lora:
         return stage
 

@@ -400,8 +400,9 @@ def fit(
     progress: bool = False,
 ) -> Edit:
     """Erase concepts in both stages, or in one; returns a context_map Edit for stages="text", else a weight_delta that
-    holds the map as its first stage (`Edit.first_stage`). stages="text" also for models with other text entries, SDXL
-    and transformers, as a text_maps Edit; an entry that reads none of `tokens` (a pooled one no "key") stays as it is.
+    holds the map as its first stage (`Edit.first_stage`), of SDXL with the pooled entry's change beside it.
+    stages="text" also for transformers, as a text_maps Edit; an entry that reads none of `tokens` (a pooled one no
+    "key") stays as it is.
 
     anchor: the safe phrase. preserve: what captions are kept in stage 1; when empty, all other concepts of the emoji
     world, or COCO's categories. callback: after stage 1 (step -1) rank and the relative residuals of the erased rows
