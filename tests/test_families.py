@@ -646,7 +646,7 @@ def test_nothing_asked_of_a_pipeline_is_dropped_in_silence():
         flux.generate("a dog", steps=1, height=33, width=32)
     with pytest.raises(ValueError, match="has no UNet"):
         flux.unet  # noqa: B018
-    with pytest.raises(ValueError, match="Stable Diffusion 1 and 2"):
+    with pytest.raises(ValueError, match="FluxPipeline is drawn by its pipeline"):
         flux.draw(flux.encode("a dog"), [0])
     with pytest.raises(ValueError, match="reads no pooled text"):
         ek.uce.fit(sd1, "church", config=ek.uce.Config(entries="pooled"))

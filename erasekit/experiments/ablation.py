@@ -40,6 +40,9 @@ SWITCHES = ("closed_form", "lora", "neighbour", "beyond")  # RealEra's
 SWITCHED = [dict(zip(SWITCHES, on, strict=True)) for on in product((True, False), repeat=len(SWITCHES))]
 EQUAL = {"lambda_b": 1.0, "lambda_far": 1.0}  # RealEra's beyond concepts weigh as much as neighbours
 NO_REFINEMENT = {"lambda_1": 1e6}  # so much weight on what is kept that MACE's first stage changes nothing
+of_code = lambda method, preset, *fields: {
+    field: getattr(METHODS[method].PRESETS[preset], field) for field in fields
+}
 CODE_2023 = {"tokens": "last_to_end", "lam": 0.5} | dict.fromkeys(
     ("templates", "preserve_templates"), ("{}",)
 )
@@ -99,6 +102,19 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "empty prompt free": {"retain_null": False},
         "states drawn anew": {"states": "frozen", "noises": None},
         "slips of the code": {"faithful": True, "states": "frozen", "noises": None},
+        "settings of the code": of_code(
+            "advunlearn",
+            "sd14-object",
+            "iterations",
+            "lr",
+            "batch",
+            "warmup",
+            "attack_steps",
+            "alpha",
+            "sampler",
+            "states",
+            "noises",
+        ),
     },
     "trce": {
         "TRCE": {},
@@ -130,9 +146,16 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "condition alone": {"branches": "text"},
         "held to the original": {"reference": "original"},
         "iterations 400": {"iterations": 400},
+        "settings of the code": of_code(
+            "trce", "sd14-nudity", "iterations", "lr", "batch", "beta", "weight", "sampler", "early", "noises"
+        ),
     },
     "mace": {
         "MACE": {},
+        "settings of the code": {"squared": False}
+        | of_code(
+            "mace", "sd14-object", "lambda_1", "lambda_2", "lr", "iterations", "batch", "sampler", "guidance"
+        ),
         "refinement alone": {"lora": False},
         "refinement alone, lambda_1 0.1": {"lora": False, "lambda_1": 0.1},
         "refinement alone, lambda_1 10": {"lora": False, "lambda_1": 10.0},
