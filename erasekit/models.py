@@ -116,7 +116,7 @@ class DiffusionModel:
 
     @property
     def own_loop(self) -> bool:
-        """Whether pictures are drawn by `sampling.walk`, as of Stable Diffusion 1 and 2, or by the pipeline's call."""
+        """Whether `generate` draws by `sampling.walk`, as of Stable Diffusion 1 and 2, or by the pipeline's call."""
         return self.denoiser_part == "unet" and getattr(self.pipeline, "text_encoder_2", None) is None
 
     def check_drawn(self) -> None:

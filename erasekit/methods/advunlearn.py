@@ -128,9 +128,6 @@ PRESETS = {
     "sd14-nudity-fast": Config(gamma=0.3, attack_steps=1, rule="sign"),
 }  # fmt: skip
 
-# Names of COCO's 80 categories, of which the paper makes its retain set
-
-
 # What is retained
 
 

@@ -218,7 +218,6 @@ def shown(
     templates = [given[i % len(given)] for i in range(config.pictures)]
     prompts = [fill(template, concept.name)[0] for template in templates]
     size = model.latent_size
-    model.check_drawn()
     own = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with record_attention(model.unet) as maps:
         latents = denoise(
