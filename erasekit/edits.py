@@ -223,6 +223,33 @@ class Edit:
                 tensors[name] = tensors[name] + tensor if name in tensors else tensor
         return Edit(self.kind, tensors, self._composed_metadata(other))
 
+    def rebased(self, model: DiffusionModel) -> "Edit":
+        """The same change for another model with the same text encoder: one that was fine-tuned or merged.
+
+        A map of text embeddings is what `fit` would give there where the method looks at text alone (UCE, MACE's
+        refinement, TRCE's first stage); RECE's rounds have looked at the weights of the old base. A delta is added as
+        it is, "by difference" as merging tools call it, which is not what training there would give: measure it. An
+        edit of the text encoder fits already. ValueError for another text encoder, for parameters that are not there,
+        and for a text_maps edit, which may read several encoders.
+        """
+        model.check_fit()
+        if self.kind == "text_maps":
+            raise ValueError("a text_maps edit belongs to the model that it was fitted for: fit again")
+        if (found := model.text_fingerprint()) != self.metadata["text_base"]:
+            raise ValueError(
+                f"this edit was made with the text encoder {self.metadata['text_base']}, the model has {found}: what "
+                "it maps means something else there, so fit again"
+            )
+        for name, delta in self._deltas.items():
+            if (shape := _parameter(model, name).shape) != delta.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(shape)} there, its delta {tuple(delta.shape)}: fit again"
+                )
+        moved = {"base": model.fingerprint(), "source": model.source}
+        rebased = Edit(self.kind, self.tensors, {**self.metadata, **moved})
+        rebased._edited(model, 1.0)
+        return rebased
+
     def _composed_maps(self, other: "Edit") -> "Edit":
         tensors = {**self.tensors, **other.tensors}
         for name in self.maps.keys() & other.maps.keys():
@@ -464,7 +491,10 @@ class Edit:
                     "it fits only models with that very text encoder"
                 )
         elif (found := model.fingerprint()) != self.metadata["base"]:
-            advice = f"load the right one ({self.metadata.get('source') or 'a pipeline object'}) or fit again"
+            advice = (
+                f"load the right one ({self.metadata.get('source') or 'a pipeline object'}), fit again, or for a model "
+                "that was fine-tuned or merged take edit.rebased(model)"
+            )
             if torch.bfloat16 in (model.dtype, model.text_encoder.dtype) and model.source is None:
                 advice = (
                     "a pipeline in bfloat16 has lost digits that the fingerprint is of, so read its folder with "

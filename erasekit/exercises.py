@@ -237,3 +237,21 @@ def check_pareto(theirs: Callable[[Sequence[float], Sequence[float]], Sequence[b
     )
     assert found((0.5, 0.5), (0.5, 0.5)) == [True, True], "equal points do not dominate each other"
     print("pareto: all tests passed")
+
+
+def average_of_weights(weight: Tensor, edited: Tensor, share: float) -> Tensor:
+    """A merge: `share` of the edited weight, the rest of the unedited."""
+    return (1 - share) * weight + share * edited
+
+
+def check_average_of_weights(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 31, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    weight, t = draw(5, 6), closed_form.ContextMap(draw(6, 2), draw(6, 2))
+    for share in (0.0, 0.3, 1.0):
+        found = theirs(weight, weight @ t.matrix(), share)
+        assert torch.allclose(found, weight @ t.scaled(share).matrix()), (
+            f"with share {share:g} the average should be the edit at that strength"
+        )
+    print("average_of_weights: all tests passed")

@@ -181,6 +181,26 @@ def rates(
     return fig
 
 
+def matrix(shares: pd.DataFrame, *, groups: Sequence[str] = (), about: str = "") -> Figure:
+    """Shares from 0 to 1 as a colored table, in hundredths; an empty cell (NaN) is gray.
+
+    shares: a row and a column for each label. groups: of each row what it belongs to, a line between two of them.
+    about: what the color says, in hundredths.
+    """
+    fig, ax = plt.subplots(figsize=(WIDE, 0.9 + 0.19 * len(shares)))
+    ax.set_facecolor("0.9")
+    sns.heatmap(
+        100 * shares, vmin=0, vmax=100, cmap="OrRd", annot=True, fmt=".0f", annot_kws={"fontsize": 7}, linewidths=0.5,
+        cbar_kws={"label": about, "fraction": 0.03, "pad": 0.02}, ax=ax, yticklabels=True,
+    )  # fmt: skip
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0, top=False, bottom=False, left=False, labeltop=True, labelbottom=False)
+    for row, (one, after) in enumerate(zip(groups, groups[1:], strict=False), 1):
+        if one != after:
+            ax.axhline(row, color="0.2", lw=1)
+    return fig
+
+
 def image_grid(
     images: Sequence,
     row_labels: Sequence[str] | None = None,

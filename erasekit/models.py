@@ -342,12 +342,17 @@ class DiffusionModel:
         progress: bool = False,
         height: int | None = None,
         width: int | None = None,
-    ) -> list[Image]:
+        skip: int = 0,
+        stop: int | None = None,
+        start: Tensor | None = None,
+        decode: bool = True,
+    ) -> list[Image] | Tensor:
         """One picture per text embedding (n, length, d) and seed (n); what `generate` does after encoding.
 
         Attacks in embedding space start here. SDXL needs a `Conditioning`, whose pooled text is drawn with. uncond:
-        (length, d) or the conditioning of one prompt, `unconditional` when None. ValueError for a family that its own
-        pipeline draws.
+        (length, d) or the conditioning of one prompt, `unconditional` when None. skip, stop, start: a part of the way,
+        see `sampling.walk`. decode: False for the latents (n, channels, height, width) instead of pictures. ValueError
+        for a family that its own pipeline draws, and for a part of the way that has no steps.
         """
         self.check_drawn()
         embeddings = Conditioning(embeddings) if isinstance(embeddings, Tensor) else embeddings
@@ -361,11 +366,15 @@ class DiffusionModel:
                 "SDXL is drawn from embeddings with the pooled text beside them: give what model.conditioning(prompts) "
                 "returns, its rows changed or not; other models have no pooled text"
             )
+        if not 0 <= skip < (steps if stop is None else stop) <= steps:
+            raise ValueError(f"of {steps} steps none is from {skip} to before {stop}: skip < stop is needed")
+        if start is not None and len(start) != len(seeds):
+            raise ValueError(f"start has latents for {len(start)} pictures, and there are {len(seeds)} seeds")
         embeddings, seeds = embeddings.each(lambda one: one.to(self.device, self.dtype)), list(seeds)
         fixed, size = self.fixed_batch, self._latents(height, width)
         starts = range(0, len(embeddings), fixed or batch_size or self.batch_size)
 
-        def batch(first: int) -> list[Image]:
+        def batch(first: int) -> list[Image] | Tensor:
             part = slice(first, first + starts.step)
             count = len(embeddings[part])
             text = embeddings[part].each(lambda one: _padded(one, fixed))
@@ -388,14 +397,18 @@ class DiffusionModel:
                 guidance=guidance,
                 size=size,
                 callback=report,
+                skip=skip,
+                stop=stop,
+                start=None if start is None else _padded(start[part], fixed),
             )
-            return self.decode(latents)[:count]
+            return self.decode(latents)[:count] if decode else latents[:count]
 
         with (
             tqdm(total=len(starts) * steps, disable=not progress, unit="step") as bar,
             text_projected_once(self.unet),
         ):
-            return [picture for part in self._map(batch, starts, callback is None) for picture in part]
+            parts = self._map(batch, starts, callback is None)
+        return [picture for part in parts for picture in part] if decode else torch.cat(parts)
 
     def _map(self, work: Callable, items: Iterable, parallel: bool = True) -> list:
         """work(item) for every item: on a small model one thread each, several items at a time, so that neither the
@@ -415,7 +428,7 @@ class DiffusionModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image]:
-        """Pictures of latents (n, channels, height, width)."""
+        """Pictures of latents (n, channels, height, width), all in one batch."""
         # as SDXL's pipeline: in half precision its VAE gives black pictures
         upcast = not self.own_loop and self.vae.dtype is torch.float16 and self.vae.config.force_upcast
         if upcast:

@@ -32,6 +32,8 @@ def walk(
     guidance: float,
     size: tuple[int, int],
     skip: int = 0,
+    stop: int | None = None,
+    start: Tensor | None = None,
 ) -> Iterator[dict]:
     """The way from noise to n pictures, one dict per step, computed as it is asked for.
 
@@ -39,7 +41,9 @@ def walk(
     generators, from which picture i takes all its noise (drawn in float32, then rounded to the UNet's dtype,
     so that a picture starts from the same noise on every device). scheduler: any diffusers scheduler; a copy
     is used. guidance: w in e = e_uncond + w (e_text - e_uncond); at 1 or less the unconditional pass is left
-    out, as in diffusers. skip: steps left out at the noisy end.
+    out, as in diffusers. skip: steps left out at the noisy end; stop: the step, counted with those, before which the
+    way ends. start: latents (n, channels, *size) to go on from, as a walk that stopped there left them, in place of
+    the noise; a sampler that looks back at earlier steps begins anew, as a refiner's does.
 
     A dict has step (from 0), timestep (int), sample (n, channels, *size) before the step, latents after it, pred_x0,
     the current estimate of the clean latents, or None where the scheduler does not give one, and what the UNet
@@ -50,12 +54,14 @@ def walk(
     shape = (unet.config.in_channels, *size)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+    if start is not None:
+        latents = start.to(unet.device, unet.dtype)
     guided = guidance > 1
     context = joined([uncond, told]) if guided else told
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if takes_generator else {}
 
-    for step, t in enumerate(scheduler.timesteps[skip:]):
+    for step, t in enumerate(scheduler.timesteps[skip:stop]):
         sample, away = latents, None
         doubled = torch.cat([sample, sample]) if guided else sample
         doubled = scheduler.scale_model_input(doubled, t)

@@ -401,3 +401,49 @@ def test_only_linear_layers_of_the_unet_become_a_lora(model, tmp_path):
             pass  # it is a fine edit otherwise
         with pytest.raises(ValueError, match="cannot become a LoRA"):
             edit.to_lora(tmp_path)
+
+
+# Another base
+
+
+def tuned(model, part: str = "unet", scale: float = 0.3) -> models.DiffusionModel:
+    """A sibling: the weights of a part moved by noise, as fine-tuning moves them."""
+    sibling, random = model.copy(), torch.Generator().manual_seed(3)
+    for parameter in getattr(sibling, part).parameters():
+        parameter.data = parameter.data + scale * parameter.std() * torch.randn(
+            parameter.shape, generator=random
+        )
+    return sibling
+
+
+def test_a_map_of_text_alone_is_what_fit_gives_on_a_sibling(model):
+    """UCE looks at text alone; RECE, the control, at the weights as well."""
+    sibling = tuned(model)
+    for fit, equal in ((ek.uce.fit, True), (ek.rece.fit, False)):
+        edit, anew = fit(model, "dog"), fit(sibling, "dog")
+        with pytest.raises(ValueError, match=r"take edit.rebased\(model\)"), edit.applied(sibling):
+            pass
+        rebased = edit.rebased(sibling)
+        same = all(torch.equal(rebased.tensors[name], anew.tensors[name]) for name in ("left", "right"))
+        assert same == equal == (rebased.digest == anew.digest)
+        with rebased.applied(sibling):
+            sibling.generate("a dog", steps=1)
+
+
+def test_a_delta_is_added_to_a_sibling_as_it_is(model):
+    sibling, name = tuned(model), "unet.conv_in.weight"
+    edit = ek.Edit.from_weight_delta({name: torch.ones_like(model.unet.conv_in.weight)}, model)
+    before = sibling.unet.conv_in.weight.detach().clone()
+    with edit.rebased(sibling).applied(sibling):
+        assert torch.equal(sibling.unet.conv_in.weight, before + 1)
+
+
+def test_an_edit_does_not_move_to_another_text_encoder_or_shape(model):
+    edit = ek.uce.fit(model, "dog")
+    with pytest.raises(ValueError, match="means something else there"):
+        edit.rebased(tuned(model, "text_encoder"))
+    delta = ek.Edit.from_weight_delta({"unet.conv_in.weight": torch.ones(16, 4, 3, 3)}, model)
+    wider = tuned(model)
+    wider.unet.conv_in = torch.nn.Conv2d(8, 16, 3)
+    with pytest.raises(ValueError, match="has shape"):
+        delta.rebased(ek.load(wider.pipeline))

@@ -142,6 +142,16 @@ def test_rates_have_titles_a_dotted_baseline_in_each_panel_and_a_line_beneath():
         assert set(dotted.get_xdata()) == {at}
 
 
+def test_a_matrix_shows_each_share_in_hundredths_and_lines_between_groups():
+    shares = pd.DataFrame({"UCE": [0.0, 0.5, 1.0], "ESD": [0.25, np.nan, 0.126]}, index=["a", "b", "c"])
+    fig = figures.matrix(shares, groups=["x", "x", "y"], about="dogs")
+    ax = fig.axes[0]
+    assert [text.get_text() for text in ax.texts] == ["0", "25", "50", "100", "13"]  # none for the empty cell
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["UCE", "ESD"]
+    assert [line.get_ydata()[0] for line in ax.lines] == [2]
+    plt.close(fig)
+
+
 def test_image_grid_puts_each_picture_in_its_place():
     fig = figures.image_grid(
         [[picture(10), picture(20)], [picture(30), None]],

@@ -90,7 +90,9 @@ def test_ablations_have_the_variants_that_were_committed(jobs):
 
 
 BEHIND_AN_EDIT = [
-    name for name, one in COMMITTED.items() if one["kind"] in ("attack", "protocol") and one["edits"]
+    name
+    for name, one in COMMITTED.items()
+    if one["kind"] in ("attack", "protocol", "deployment") and one["edits"]
 ]
 
 

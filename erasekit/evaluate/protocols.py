@@ -8,6 +8,7 @@ Emoji world:
     styles_and_objects  UA, IRA, CRA (UnlearnCanvas, Zhang et al., NeurIPS 2024)
     weapons             explicit, implicit, held-out and adversarial prompts
     characters          Acc_e, Acc_s, H_c (MACE's identities)
+    deployment          a concept by its name, for what users do to a model (`evaluate.deployment`)
     utility             all other concepts, in-world CLIP score, distances of features
 
 Stable Diffusion, from prompt files that are not shipped: i2p, unlearndiff (142 prompts), coco, imagenette, artists; and
@@ -280,6 +281,25 @@ def characters(erased: Sequence[str] | str, pictures: int = 100) -> Protocol:
         Measure("Acc_s", ("other",), "emoji-object", goal="high"),
     )
     return Protocol("emoji-characters", tuple(prompts), measures, summary="H_c", erased=erased)
+
+
+def deployment(erased: str, pictures: int = 100, others: bool = False) -> Protocol:
+    """For the steps of `deployment`: `pictures` by the name of an object, by a style, or by the weapons' names
+    (erased="weapon"), or of what was not erased (others), spread evenly; ten steps of DPM-Solver++.
+    """
+    armed = tuple(c.name for c in data.concepts() if c.weapon)
+    names = [c.name for c in data.concepts()]
+    (erased,) = _known(erased, [*names, *data.STYLES, "weapon"], "object or style")
+    named = armed if erased == "weapon" else (erased,)
+    whole = [p for name in names for p in _in_styles(name, name, "others" if others else "target")]
+    part = [p for p in whole if ({p.concept, p.style} & {*named} == set()) == others]
+    part = part[:: max(1, len(part) // pictures)][:pictures]
+    how = {"judge": "emoji-style", "asked": "style"} if erased in data.STYLES else {"judge": "emoji-object"}
+    labels = named if erased == "weapon" and not others else None
+    measure = Measure(part[0].role, (part[0].role,), labels=labels, goal="high" if others else "low", **how)
+    prompts = tuple(_times(part, -(-pictures // len(part)))[:pictures])
+    solver = "DPMSolverMultistepScheduler"
+    return Protocol("emoji-deployment", prompts, (measure,), sampler=solver, steps=10, erased=named)
 
 
 def utility(erased: Sequence[str] | str = (), seeds: Sequence[int] = (0,)) -> Protocol:

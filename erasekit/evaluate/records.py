@@ -22,7 +22,7 @@ from erasekit.evaluate import metrics
 from erasekit.evaluate.protocols import Protocol
 from erasekit.paths import RESULTS, write_atomically
 
-Kind = Literal["run", "protocol", "attack", "regeneration", "ablation", "benchmark"]
+Kind = Literal["run", "protocol", "attack", "regeneration", "ablation", "deployment", "benchmark"]
 ORIGINAL, NO_TEXT = "original", "no text"
 
 
@@ -61,8 +61,8 @@ NOT_WORDS = ("True", "False", "None")
 @dataclass(frozen=True)
 class Measurement:
     """One number. value: what `metrics.rate` or `metrics.mean` give, {count, n}, {harmonic_mean}, or {value} for what
-    has no interval. attack: by which it was reached. model, seconds, machine: None where they are the file's, or not
-    taken.
+    has no interval. attack: by which it was reached; step: how the model was used (`evaluate.deployment`).
+    model, seconds, machine: None where they are the file's, or not taken.
     """
 
     measure: str
@@ -71,6 +71,7 @@ class Measurement:
     protocol: str = ""
     hash: str = ""
     attack: str | None = None
+    step: str | None = None
     model: str | None = None
     seconds: float | None = None
     machine: dict | None = None
@@ -127,7 +128,8 @@ class Result:
 
     def table(self) -> pd.DataFrame:
         """One row for each measurement: edit, method, variant, erased, kept (how many concepts, NA where that was not
-        written down), bytes, protocol, hash (eight digits), attack, measure, k, n, rate (or mean), low, high, text.
+        written down), bytes, protocol, hash (eight digits), attack, step, measure, k, n, rate (or mean), low, high,
+        text.
         """
         rows = []
         for m in self.measurements:
@@ -142,6 +144,7 @@ class Result:
                 "protocol": m.protocol,
                 "hash": m.hash[:8],
                 "attack": m.attack,
+                "step": m.step,
                 "measure": m.measure,
             }
             number = {NUMBERS.get(name, name): one for name, one in m.value.items()}
@@ -193,7 +196,7 @@ def save(result: Result, path: Path) -> None:
     """Write a result file."""
     whole = plain(result)
     for one in whole["measurements"]:
-        for name in ("attack", "model", "seconds", "machine"):
+        for name in ("attack", "step", "model", "seconds", "machine"):
             if one[name] is None:
                 del one[name]
     write_atomically(path, json.dumps(whole, indent=1) + "\n")

@@ -29,6 +29,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffusers
 import numpy as np
@@ -45,6 +46,9 @@ from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.evaluate.records import EditMade, Result, measurements, shown
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing, write_atomically
+
+if TYPE_CHECKING:
+    from erasekit.evaluate.deployment import Step
 
 PIECE = 64  # pictures that are drawn, judged and written together: what a kill can cost
 RUNS = BUILD / "runs"
@@ -240,21 +244,26 @@ def run(
     protocol: Protocol,
     *,
     attack: torch.Tensor | None = None,
+    step: "Step | None" = None,
     folder: Path = RUNS,
     progress: bool = True,
 ) -> Run:
     """Draw and judge what is missing of a protocol, and return the run. Kill it anywhere and call it again.
 
     edit: applied for the run (None: the model as it is, with the edits already in force). attack: (d, d) matrix G;
-    rows x of the prompts' embeddings are replaced by x G^T. Under `accelerate launch` or torchrun the pieces are
-    shared out among the processes; the pictures are the same for any number. Raises RuntimeError where a judge fails:
-    no picture counts as safe that was not judged.
+    rows x of the prompts' embeddings are replaced by x G^T. step: a way of use, see `deployment.steps`.
+    Under `accelerate launch` or torchrun the pieces are shared out among the processes; the pictures are the same for
+    any number. Raises RuntimeError where a judge fails: no picture counts as safe that was not judged; ValueError for
+    an attack and a step at once.
     """
+    if attack is not None and step is not None:
+        raise ValueError("give an attack or a step, not both")
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     state = PartialState(cpu=not torch.cuda.is_available()) if several else None
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    with edit.applied(model) if edit else nullcontext(), _sampler(model, protocol.sampler):
-        applied = model.edits_in_force()
+    apply = edit is not None and step is None  # a step applies the edit in its own way
+    with edit.applied(model) if apply else nullcontext(), sampled_by(model, protocol.sampler):
+        applied = model.edits_in_force() + ([step.key(edit)] if step else [])
         key = model_key(model, applied, protocol, attack)
         place = folder / key
         seconds = {"draw": 0.0, "judge": 0.0}
@@ -270,7 +279,7 @@ def run(
             for piece in pieces:
                 missing = [shot for shot in piece if shot.key not in index or not _file(place, shot).exists()]
                 with _timed(seconds, "draw"):
-                    new = _draw(model, missing, protocol, attack, place, rank)
+                    new = _draw(model, missing, protocol, attack, place, rank, step, edit)
                 drawn += len(new)
                 index |= {record["shot"]: record for record in new}
                 with _timed(seconds, "judge"):
@@ -400,7 +409,8 @@ def model_key(
 
 
 @contextmanager
-def _sampler(model: DiffusionModel, name: str) -> Iterator[None]:
+def sampled_by(model: DiffusionModel, name: str) -> Iterator[None]:
+    """Inside the block the model draws by this class of diffusers schedulers, made from its own scheduler's config."""
     scheduler = model.pipeline.scheduler
     if type(scheduler).__name__ == name:
         yield
@@ -422,15 +432,21 @@ def _timed(seconds: dict, phase: str) -> Iterator[None]:
     seconds[phase] += time.perf_counter() - start
 
 
-def _draw(model, missing: Sequence[Shot], protocol, attack, place: Path, rank: int) -> list[dict]:
+def _draw(model, missing: Sequence[Shot], protocol, attack, place: Path, rank: int, step, edit) -> list[dict]:
     records = []
     for guidance in dict.fromkeys(shot.guidance for shot in missing):
         part = [shot for shot in missing if shot.guidance == guidance]
-        embeddings = model.encode([shot.prompt.text for shot in part])
-        if attack is not None:
-            embeddings = (embeddings.double() @ attack.double().to(embeddings.device).T).to(embeddings.dtype)
-        seeds = [shot.seed for shot in part]
-        pictures = model.draw(embeddings, seeds, steps=protocol.steps, guidance=guidance)
+        texts, seeds = [shot.prompt.text for shot in part], [shot.seed for shot in part]
+        sampling = {"steps": protocol.steps, "guidance": guidance}
+        if step is not None:
+            pictures = step.draw(model, edit, texts, seeds, **sampling)
+        else:
+            embeddings = model.encode(texts)
+            if attack is not None:
+                embeddings = (embeddings.double() @ attack.double().to(embeddings.device).T).to(
+                    embeddings.dtype
+                )
+            pictures = model.draw(embeddings, seeds, **sampling)
         for shot, picture in zip(part, pictures, strict=True):
             file = _file(place, shot)
             with replacing(file) as temporary:
