@@ -13,6 +13,7 @@ from erasekit.conditioning import Conditioning, joined, predict
 from erasekit.layers import cross_attention_kv, text_parameters
 from erasekit.methods import advunlearn, mace
 from erasekit.states import Picks, States
+from erasekit.tokens import token_tables
 
 KEEP = ["dog", "house"]
 
@@ -159,7 +160,7 @@ def test_the_attacker_writes_into_both_text_encoders(model, placement):
     settings = config("advunlearn", placement=placement)
     where = advunlearn.slots(model, ["a church"], settings)
     (dog,) = model.tokenizer("dog", add_special_tokens=False).input_ids
-    words = advunlearn.tokens_of(model)[dog].expand(1, 1, -1)
+    words = token_tables(model.text_encoders.values())[dog].expand(1, 1, -1)
     given = torch.zeros_like(where.base) if placement == "add" else words
     written = {"prefix": "dog a church", "suffix": "a church dog", "add": "a church", "replace": None}[
         placement

@@ -246,14 +246,14 @@ def run(
     """Draw and judge what is missing of a protocol, and return the run. Kill it anywhere and call it again.
 
     edit: applied for the run (None: the model as it is, with the edits already in force). attack: (d, d) matrix G;
-    rows x of the prompts' embeddings are replaced by x G^T. Under `accelerate launch` or torchrun the pieces are
-    shared out among the processes; the pictures are the same for any number. Raises RuntimeError where a judge fails:
-    no picture counts as safe that was not judged.
+    rows x of the prompts' embeddings are replaced by x G^T (the pooled text of SDXL stays). Under `accelerate launch`
+    or torchrun the pieces are shared out among the processes; the pictures are the same for any number. Raises
+    RuntimeError where a judge fails: no picture counts as safe that was not judged.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     state = PartialState(cpu=not torch.cuda.is_available()) if several else None
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    with edit.applied(model) if edit else nullcontext(), _sampler(model, protocol.sampler):
+    with edit.applied(model) if edit else nullcontext(), sampler(model, protocol.sampler):
         applied = model.edits_in_force()
         key = model_key(model, applied, protocol, attack)
         place = folder / key
@@ -396,11 +396,14 @@ def model_key(
         protocol.steps,
     ]
     settings += [dict(model.scheduler.config), str(model.dtype), model.device.type]
+    if not model.own_loop:  # of SDXL, what guidance leads away from
+        settings.append(model.pipeline.config.get("force_zeros_for_empty_prompt"))
     return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @contextmanager
-def _sampler(model: DiffusionModel, name: str) -> Iterator[None]:
+def sampler(model: DiffusionModel, name: str) -> Iterator[None]:
+    """Inside the block the model draws by this scheduler of diffusers. ValueError where there is none of that name."""
     scheduler = model.pipeline.scheduler
     if type(scheduler).__name__ == name:
         yield
@@ -426,11 +429,12 @@ def _draw(model, missing: Sequence[Shot], protocol, attack, place: Path, rank: i
     records = []
     for guidance in dict.fromkeys(shot.guidance for shot in missing):
         part = [shot for shot in missing if shot.guidance == guidance]
-        embeddings = model.encode([shot.prompt.text for shot in part])
+        told = model.conditioning([shot.prompt.text for shot in part])
         if attack is not None:
-            embeddings = (embeddings.double() @ attack.double().to(embeddings.device).T).to(embeddings.dtype)
+            rows = told.rows.double() @ attack.double().to(told.rows.device).T
+            told = told.with_rows(rows.to(told.rows.dtype))
         seeds = [shot.seed for shot in part]
-        pictures = model.draw(embeddings, seeds, steps=protocol.steps, guidance=guidance)
+        pictures = model.draw(told, seeds, steps=protocol.steps, guidance=guidance)
         for shot, picture in zip(part, pictures, strict=True):
             file = _file(place, shot)
             with replacing(file) as temporary:
