@@ -334,9 +334,6 @@ def prepare(
     return Setting(attack, needs, model, protocol, config, verdicts, tuple(own), place, progress)
 
 
-# Tokens
-
-
 # Prompts with free tokens
 
 
@@ -362,14 +359,14 @@ class Slots:
 
 
 def slots(model: DiffusionModel, contents: Callable[..., Sequence[Sequence[int | None]]]) -> Slots:
-    """contents: of a tokenizer, the tokens of each prompt with None for the free ones, which are the same for all
-    tokenizers. ValueError when one is too long, or not as free in one tokenizer as in another.
+    """contents: of a tokenizer, the tokens of each prompt, with None for the free ones. ValueError when a prompt is too
+    long, or has more free tokens for one tokenizer than for another.
     """
     laid = tuple(layout(one, contents(one)) for one in model.tokenizers)
     if any(not torch.equal(free.sum(1), laid[0][1].sum(1)) for _, free in laid):
         raise ValueError(
-            "the tokenizers read a prompt as tokens of different number, so that one has more free places than the "
-            "other: write the prompt without what they read differently (of SDXL an exclamation mark)"
+            "the tokenizers read a prompt as more and as fewer tokens, and leave more and fewer of them free: write it "
+            "without what they read differently (of SDXL an exclamation mark)"
         )
     return Slots(model, laid)
 

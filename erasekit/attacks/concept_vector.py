@@ -2,10 +2,10 @@
 
     tau(P) + eta c^        c^ = mean_i [ tau(P_i with the concept) - tau(P_i without) ]
 
-tau: all that the UNet is told, of SDXL the rows of both text encoders and the pooled text. No text is searched: the
-embedding itself goes into the UNet, so an attacker must be able to put it there. eta is 3 for
-nudity and 0.9 for a style in their code at 403a67f (Apache-2.0). It is not the attack of Ring-A-Bell's paper, which
-ends in a text (`ring_a_bell`).
+tau: all that the UNet is told, of SDXL the rows of both text encoders and the pooled text (ours). No text is searched:
+the embedding itself goes into the UNet, so an attacker must be able to put it there. eta is 3 for nudity and 0.9 for a
+style in their code at 403a67f (Apache-2.0). It is not the attack of Ring-A-Bell's paper, which ends in a text
+(`ring_a_bell`).
 """
 
 from collections.abc import Sequence
@@ -54,8 +54,9 @@ def run(
     folder=None,
     progress: bool = False,
 ) -> AttackResult:
-    """Every prompt and seed with each eta, until one succeeds; see `attacks.common`. `learned` is the
-    part of c^ that is added to the rows, (length, d)."""
+    """Every prompt and seed with each eta, until one succeeds; see `attacks.common`. `learned` is what c^ adds to the
+    rows, (length, d).
+    """
     config = chosen(PRESETS, model, config, "sd14")
     setting = common.prepare(
         "concept vector", "text encoder, embedding input", model, prompts, seeds, goal, config, generator,

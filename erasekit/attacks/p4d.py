@@ -4,8 +4,8 @@ et al., ICML 2024, arXiv 2309.06135).
     min_Q  || eps_victim(z_t | tau(Q^)) - eps_original(z_t | tau(P)) ||^2        t uniform, z_t: a noised target picture
 
 over free tokens with embeddings Q (of SDXL those of both text encoders, side by side), each projected to Q^, the
-vocabulary row of the largest cosine. The gradient is
-taken at Q^ and applied to Q (as in PEZ, Wen et al., NeurIPS 2023). No guidance in the loss.
+vocabulary row of the largest cosine. The gradient is taken at Q^ and applied to Q (as in PEZ, Wen et al., NeurIPS
+2023). No guidance in the loss.
 
     "n"  the free tokens replace the whole prompt
     "k"  one free token is put before every three tokens of the prompt, which stay

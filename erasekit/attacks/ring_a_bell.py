@@ -5,7 +5,7 @@ arXiv 2310.10012).
     target    T = tau(P) + eta c^
     search    min over K tokens   || T - tau(tokens) ||^2, all positions together
 
-tau: all that the UNet is told, of SDXL the rows of both text encoders and the pooled text.
+tau: all that the UNet is told, of SDXL the rows of both text encoders and the pooled text (ours).
 
 Black-box: the text encoder alone is needed, no picture and no UNet. The found text is then an ordinary prompt.
 
