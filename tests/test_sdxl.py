@@ -508,7 +508,7 @@ def test_the_noise_that_inversion_finds_is_drawn_by_the_stock_pipeline(
         config = short(latent_inversion, steps=10, iterations=iterations)
         result = run("latent-inversion", model, targets, original, tmp_path, config=config)
         errors.append([one.trace[-1]["error"] for one in result.attempts])
-    assert np.all(np.array(errors[1]) < 0.5 * np.array(errors[0]))
+    assert sum(errors[1]) < 0.8 * sum(errors[0])
     call = lambda text: levels(
         model.pipeline(
             prompt_embeds=text.times(2).rows, pooled_prompt_embeds=text.times(2).pooled, latents=noises[-1],
@@ -564,3 +564,13 @@ def test_training_in_half_precision_on_a_gpu(saved, name, tmp_path):
     edit = getattr(ek, name).fit(model, "church", KEEP, config=config(name, lr=1e-3), folder=tmp_path)
     assert all(tensor.isfinite().all() for tensor in edit.tensors.values())
     assert model.draw(model.conditioning("a church"), [0], steps=2)[0].size == (16, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_in_half_precision_on_a_gpu(saved, name, targets, tmp_path):
+    model, original = (ek.load(saved, device="cuda", dtype="float16") for _ in range(2))
+    result = run(name, model, targets, original, tmp_path)
+    assert len(result.attempts) == 2 and model.dtype is torch.float16 is model.vae.dtype
+    assert result.learned is None or result.learned.isfinite().all()
