@@ -25,10 +25,15 @@ class Conditioning:
         at = at.to(self.rows.device) if isinstance(at, Tensor) else at
         return self.each(lambda one: one[at])
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
-        """The same with `change` of both tensors."""
-        pooled = None if self.pooled is None else change(self.pooled)
-        return Conditioning(change(self.rows), pooled, self.scale)
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """rows, and pooled where there is such a thing."""
+        return (self.rows,) if self.pooled is None else (self.rows, self.pooled)
+
+    def each(self, change: Callable[..., Tensor], *others: "Conditioning") -> "Conditioning":
+        """The same with `change` of both tensors, which is given those of the others as well."""
+        rows, pooled = [*map(change, self.parts, *(one.parts for one in others)), None][:2]
+        return Conditioning(rows, pooled, self.scale)
 
     def times(self, count: int) -> "Conditioning":
         """One prompt, count times."""

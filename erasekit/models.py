@@ -15,7 +15,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
@@ -123,9 +123,10 @@ class DiffusionModel:
         """ValueError where `sampling.walk` does not draw the model: it knows Stable Diffusion 1, 2 and XL."""
         if not (self.own_loop or type(self.pipeline).__name__ == "StableDiffusionXLPipeline"):
             raise ValueError(
-                "Stable Diffusion 1, 2 and XL are drawn from noise in a loop of our own, and "
-                f"{type(self.pipeline).__name__} is drawn by its pipeline: of SDXL give the base model as a "
-                "StableDiffusionXLPipeline; else draw with model.generate, and erase by a closed form or by esd"
+                "Stable Diffusion 1, 2 and XL are drawn from noise in a loop of our own, on which training, attacks "
+                f"and runs depend, and {type(self.pipeline).__name__} is drawn by its pipeline: of SDXL give the base "
+                "model as a StableDiffusionXLPipeline; else draw with model.generate, and erase by a closed form or by "
+                "esd"
             )
 
     @property
@@ -428,15 +429,20 @@ class DiffusionModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image]:
-        """Pictures of latents (n, channels, height, width), all in one batch."""
-        # as SDXL's pipeline: in half precision its VAE gives black pictures
-        upcast = not self.own_loop and self.vae.dtype is torch.float16 and self.vae.config.force_upcast
-        if upcast:
-            self.vae.float()
-        pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-        if upcast:
-            self.vae.half()
+        """Pictures of latents (n, channels, height, width)."""
+        with self.steady_vae() as vae:
+            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+    @contextmanager
+    def steady_vae(self) -> Iterator[AutoencoderKL]:
+        """The VAE; inside the block that of SDXL, which overflows in half precision, computes in single precision."""
+        upcast = not self.own_loop and self.vae.dtype is torch.float16 and self.vae.config.force_upcast
+        try:
+            yield self.vae.float() if upcast else self.vae
+        finally:
+            if upcast:
+                self.vae.half()
 
     def fingerprint(self) -> str:
         """SHA-256 of the denoiser and text encoder weights as float16, of the model without any edit in force and

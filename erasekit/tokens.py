@@ -1,12 +1,13 @@
 """Prompts with free places: token ids and embeddings that a search or a training fills."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from erasekit.concepts import content_ids, token_ids
+from erasekit.conditioning import Conditioning, told
 from erasekit.layers import embedded_as, token_table
 
 
@@ -28,40 +29,47 @@ def layout(tokenizer, contents: Sequence[Sequence[int | None]]) -> tuple[Tensor,
     return torch.tensor([[0 if one is None else one for one in row] for row in ids]), free
 
 
-def embed(text_encoder: nn.Module, ids: Tensor, free: Tensor, rows: Tensor) -> Tensor:
-    """Text embeddings (n, length, d) of ids whose free tokens have the embeddings `rows` (number of free, d), in order.
-
-    Gradients reach `rows` and the encoder's layers, never its embedding table.
+def token_tables(encoders: Iterable[nn.Module]) -> Tensor:
+    """The embedding (vocabulary, d) of every token that all text encoders know, theirs side by side, float32, without a
+    gradient. The encoders of SDXL have the same tokens.
     """
-    ids = ids.to(text_encoder.device)
-    with filled(text_encoder, ids, free, rows):
-        return text_encoder(ids)[0]
+    tables = [token_table(one) for one in encoders]
+    return torch.cat([one[: min(map(len, tables))] for one in tables], -1).float()
 
 
-@contextmanager
-def filled(text_encoder: nn.Module, ids: Tensor, free: Tensor, rows: Tensor) -> Iterator[None]:
-    """Inside the block the text encoder, called with `ids`, finds `rows` at the free tokens, as in `embed`."""
-    table = token_table(text_encoder)
-    fixed = table[ids.to(table.device)].float()
-    with embedded_as(
-        text_encoder, ids, fixed.masked_scatter(free.to(table.device).unsqueeze(-1), rows.float())
-    ):
-        yield
+def embed(
+    encoders: Sequence[nn.Module], laid: Sequence[tuple[Tensor, Tensor]], rows: Tensor, scale: int
+) -> Conditioning:
+    """What the text encoders say of token ids whose free tokens have the embeddings `rows` (number of free, d), in
+    order, with d as in `token_tables`.
+
+    laid: ids and mask for each encoder, see `layout`. scale: as in `Conditioning`. Gradients reach `rows` and the
+    encoders' layers, never their embedding tables.
+    """
+    tables = [token_table(one) for one in encoders]
+    owned = rows.float().split([one.shape[1] for one in tables], -1)
+    ids = [one.to(table.device) for (one, _), table in zip(laid, tables, strict=True)]
+    with ExitStack() as stack:
+        for encoder, table, one, (_, free), own in zip(encoders, tables, ids, laid, owned, strict=True):
+            filled = table[one].float().masked_scatter(free.to(table.device).unsqueeze(-1), own)
+            stack.enter_context(embedded_as(encoder, one, filled))
+        return told(encoders, ids, scale)
 
 
-def vocabulary(tokenizer, stable: bool = True, blocked: Sequence[str] = ()) -> Tensor:
+def vocabulary(tokenizers: Sequence, stable: bool = True, blocked: Sequence[str] = ()) -> Tensor:
     """Ids that a token search may use: no special tokens; with `stable` only those that are their own tokenisation
-    once they are text; none whose text holds one of the `blocked` words.
+    once they are text; none whose text holds one of the `blocked` words. Each must hold for every tokenizer: the second
+    one of SDXL pads with "!", which it reads as another token than the first.
     """
-    special = set(tokenizer.all_special_ids)
+    special = {token for one in tokenizers for token in one.all_special_ids}
     found = []
-    for token in range(len(tokenizer)):
+    for token in range(min(map(len, tokenizers))):
         if token in special:
             continue
-        text = tokenizer.decode([token]).strip()
+        text = tokenizers[0].decode([token]).strip()
         if any(word.lower() in text.lower() for word in blocked):
             continue
-        if not stable or (text and content_ids(tokenizer, text) == [token]):
+        if not stable or (text and all(content_ids(one, text) == [token] for one in tokenizers)):
             found.append(token)
     if not found:
         raise ValueError("no token is left to search with: block less")
@@ -73,10 +81,11 @@ def as_text(tokenizer, ids: Sequence[int]) -> str:
     return " ".join(tokenizer.decode(list(ids)).split())
 
 
-def fits(tokenizer, text: str) -> bool:
+def fits(tokenizers: Sequence, text: str) -> bool:
     """Whether the text can be given to the model as it is."""
     try:
-        token_ids(tokenizer, [text])
+        for one in tokenizers:
+            token_ids(one, [text])
     except ValueError:
         return False
     return bool(text.strip())

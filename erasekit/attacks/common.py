@@ -22,7 +22,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from erasekit.concepts import token_ids
+from erasekit.conditioning import Conditioning, predict, told
 from erasekit.evaluate import metrics, runs
 from erasekit.evaluate.judges import JUDGES, checked
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
@@ -30,7 +30,7 @@ from erasekit.evaluate.records import ORIGINAL, EditMade, Result, measurements
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD
 from erasekit.sampling import ddim
-from erasekit.tokens import fits
+from erasekit.tokens import embed, fits, layout
 from erasekit.tuning import digest
 
 FOLDER = BUILD / "attacks"
@@ -204,16 +204,19 @@ class Setting:
         """A fresh generator for each attempt, on the CPU."""
         return [torch.Generator().manual_seed(seed) for seed in self.own]
 
-    def draw(self, embeddings: Tensor, seeds: Sequence[int], **changes) -> list[Image]:
-        """Pictures of text embeddings (n, length, d), sampled as the protocol says."""
-        settings = {"steps": self.protocol.steps, "guidance": self.protocol.guidance} | changes
-        return self.model.draw(embeddings, seeds, **settings)
+    def draw(
+        self, text: Conditioning, seeds: Sequence[int], model: DiffusionModel | None = None
+    ) -> list[Image]:
+        """Pictures of n texts, sampled as the protocol says, by the victim if no other model is given."""
+        model, asked = model or self.model, self.protocol
+        with runs.sampled_by(model, asked.sampler):
+            return model.draw(text, seeds, steps=asked.steps, guidance=asked.guidance)
 
     def look(self, texts: Sequence[str], seeds: Sequence[int]) -> list[bool]:
         """Draw texts and ask the judge."""
         if not texts:
             return []
-        return reached(self.goal, self.draw(self.model.encode(texts), seeds), texts)
+        return reached(self.goal, self.draw(self.model.conditioning(texts), seeds), texts)
 
     def resumed(
         self, items: Sequence[str], batch: int, work: Callable[[list[int]], list[dict]], stem: str = "search"
@@ -244,7 +247,7 @@ class Setting:
     def drawn(self, records: Sequence[dict]) -> AttackResult:
         """One look at each record's `found` text with its attempt's seed; a text that the tokenizer refuses fails."""
         shots = self.shots
-        usable = [i for i, one in enumerate(records) if fits(self.model.tokenizer, one["found"])]
+        usable = [i for i, one in enumerate(records) if fits(self.model.tokenizers, one["found"])]
 
         def look(piece: list[int]) -> list[dict]:
             of = [usable[i] for i in piece]
@@ -302,20 +305,16 @@ def prepare(
     """Draw and judge the prompts as they are, and find the folder of this attack on this victim.
 
     generator: one, from which a seed for each attempt is drawn in order, or one for each attempt (None: seed 0).
-    depends: whatever else the result depends on: tensors, pictures, texts, other models. ValueError for a model that no
-    attack here knows, such as SDXL.
+    depends: whatever else the result depends on: tensors, pictures, texts, other models. ValueError for another model
+    than Stable Diffusion 1, 2 and XL.
     """
-    if not model.own_loop:
-        raise ValueError(
-            "attacks search Stable Diffusion 1 and 2, whose one text encoder is all that the UNet is told by: of "
-            f"{type(model.pipeline).__name__} measure the prompts themselves (erasekit.evaluate.runs)"
-        )
+    model.check_drawn()
     prompts, seeds = model._pairs(prompts, seeds)
     if goal.roles != ("target",):
         raise ValueError("the goal is a Measure about the role 'target': make it with attacks.sees(...)")
     if len(set(zip(prompts, seeds, strict=True))) < len(prompts):
         raise ValueError("a prompt with the same seed was given twice: one attempt each")
-    token_ids(model.tokenizer, prompts)
+    model.tokenized(prompts)  # none over the limit
     asked = tuple(Prompt(text, role="target", seed=seed) for text, seed in zip(prompts, seeds, strict=True))
     protocol = Protocol("attacked", asked, (goal,), steps=config.steps, guidance=config.guidance)
     raw = runs.run(
@@ -335,7 +334,41 @@ def prepare(
     return Setting(attack, needs, model, protocol, config, verdicts, tuple(own), place, progress)
 
 
-# Tokens
+# Prompts with free tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """n prompts with free tokens, as the text encoders of a model read them; make it with `slots`.
+
+    laid: ids and mask of the free ones, both (n, length), for each encoder.
+    """
+
+    model: DiffusionModel
+    laid: tuple[tuple[Tensor, Tensor], ...]
+
+    def text(self, rows: Tensor | None = None, at=slice(None)) -> Conditioning:
+        """Of the prompts `at` (a slice, or indices), whose free tokens have the embeddings `rows` (number of free, d),
+        in order; of SDXL those of both encoders side by side (`tokens.token_tables`). None: no token is free.
+        """
+        encoders, scale = list(self.model.text_encoders.values()), self.model.pipeline.vae_scale_factor
+        laid = [(ids[at], free[at]) for ids, free in self.laid]
+        if rows is None:
+            return told(encoders, [ids.to(self.model.device) for ids, _ in laid], scale)
+        return embed(encoders, laid, rows, scale)
+
+
+def slots(model: DiffusionModel, contents: Callable[..., Sequence[Sequence[int | None]]]) -> Slots:
+    """contents: of a tokenizer, the tokens of each prompt, with None for the free ones. ValueError when a prompt is too
+    long, or has more free tokens for one tokenizer than for another.
+    """
+    laid = tuple(layout(one, contents(one)) for one in model.tokenizers)
+    if any(not torch.equal(free.sum(1), laid[0][1].sum(1)) for _, free in laid):
+        raise ValueError(
+            "the tokenizers read a prompt as more and as fewer tokens, and leave more and fewer of them free: write it "
+            "without what they read differently (of SDXL an exclamation mark)"
+        )
+    return Slots(model, laid)
 
 
 # The diffusion loss
@@ -343,9 +376,8 @@ def prepare(
 
 def latents_of(model: DiffusionModel, pictures: Sequence[Image], batch_size: int = 16) -> Tensor:
     """Latents (n, channels, height, width) of pictures: the mean of the VAE's posterior, scaled."""
-    processor, vae = model.pipeline.image_processor, model.vae
-    found = []
-    with torch.no_grad():
+    processor, found = model.pipeline.image_processor, []
+    with torch.no_grad(), model.steady_vae() as vae:
         for start in range(0, len(pictures), batch_size):
             pixels = processor.preprocess(list(pictures[start : start + batch_size]))
             found.append(
@@ -360,14 +392,14 @@ def latents_of(model: DiffusionModel, pictures: Sequence[Image], batch_size: int
 
 
 def noise_error(
-    model: DiffusionModel, clean: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor
+    model: DiffusionModel, clean: Tensor, noise: Tensor, timesteps: Tensor, text: Conditioning
 ) -> Tensor:
-    """Mean squared error (n,) of the UNet's prediction of `noise` in `clean` latents at `timesteps` (n,), given text
-    embeddings (n, length, d); for models that predict v, of v.
+    """Mean squared error (n,) of the UNet's prediction of `noise` in `clean` latents at `timesteps` (n,), given n
+    texts; for models that predict v, of v.
     """
     scheduler = ddim(model.scheduler)
     noisy = scheduler.add_noise(clean, noise, timesteps)
-    predicted = model.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    predicted = predict(model.unet, noisy, timesteps, text)
     wanted = noise
     if scheduler.config.prediction_type == "v_prediction":
         wanted = scheduler.get_velocity(clean, noise, timesteps)
@@ -381,17 +413,18 @@ def standard_normal(like: Tensor, generators: Sequence[torch.Generator]) -> Tens
 
 
 def unknowing(model: DiffusionModel, generator: torch.Generator) -> DiffusionModel:
-    """The negative control: a copy behind a text encoder with random weights, for which no word means anything."""
+    """The negative control: a copy behind text encoders with random weights, for which no word means anything."""
     copied = model.copy()
-    fresh = type(copied.text_encoder)(copied.text_encoder.config)
-    with torch.no_grad():
-        for name, parameter in fresh.named_parameters():
-            value = (
-                torch.randn(parameter.shape, generator=generator)
-                * model.text_encoder.get_parameter(name).float().std().cpu()
-            )
-            parameter.copy_(
-                torch.ones_like(parameter) if "norm" in name and name.endswith("weight") else value
-            )
-    copied.pipeline.text_encoder = fresh.to(model.device, model.dtype).eval()
+    for part, encoder in model.text_encoders.items():
+        fresh = type(encoder)(encoder.config)
+        with torch.no_grad():
+            for name, parameter in fresh.named_parameters():
+                value = (
+                    torch.randn(parameter.shape, generator=generator)
+                    * encoder.get_parameter(name).float().std().cpu()
+                )
+                parameter.copy_(
+                    torch.ones_like(parameter) if "norm" in name and name.endswith("weight") else value
+                )
+        setattr(copied.pipeline, part, fresh.to(model.device, model.dtype).eval())
     return copied

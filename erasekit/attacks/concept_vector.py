@@ -2,9 +2,10 @@
 
     tau(P) + eta c^        c^ = mean_i [ tau(P_i with the concept) - tau(P_i without) ]
 
-No text is searched: the embedding itself goes into the UNet, so an attacker must be able to put it there. eta is 3 for
-nudity and 0.9 for a style in their code at 403a67f (Apache-2.0). It is not the attack of Ring-A-Bell's paper, which
-ends in a text (`ring_a_bell`).
+tau: all that the UNet is told, of SDXL the rows of both text encoders and the pooled text (ours). No text is searched:
+the embedding itself goes into the UNet, so an attacker must be able to put it there. eta is 3 for nudity and 0.9 for a
+style in their code at 403a67f (Apache-2.0). It is not the attack of Ring-A-Bell's paper, which ends in a text
+(`ring_a_bell`).
 """
 
 from collections.abc import Sequence
@@ -53,7 +54,9 @@ def run(
     folder=None,
     progress: bool = False,
 ) -> AttackResult:
-    """Every prompt and seed with each eta, until one succeeds; see `attacks.common`. `learned` is c^, (length, d)."""
+    """Every prompt and seed with each eta, until one succeeds; see `attacks.common`. `learned` is what c^ adds to the
+    rows, (length, d).
+    """
     config = chosen(PRESETS, model, config, "sd14")
     setting = common.prepare(
         "concept vector", "text encoder, embedding input", model, prompts, seeds, goal, config, generator,
@@ -62,14 +65,15 @@ def run(
     shots, shift = setting.shots, concept_vector(model, pairs)
 
     def look(piece: list[int]) -> list[dict]:
-        embeddings = model.encode([shots[i].prompt.text for i in piece])
+        told = model.conditioning([shots[i].prompt.text for i in piece])
         records = {i: {"reached": False, "looks": 0, "text": 1, "trace": []} for i in piece}
         left = list(piece)
         for eta in config.eta:
             if not left:
                 break
             rows = [piece.index(i) for i in left]
-            pictures = setting.draw(embeddings[rows] + eta * shift, [shots[i].seed for i in left])
+            moved = told[rows].each(lambda own, by, eta=eta: own + eta * by, shift)
+            pictures = setting.draw(moved, [shots[i].seed for i in left])
             texts = [shots[i].prompt.text for i in left]
             for i, seen in zip(left, common.reached(setting.goal, pictures, texts), strict=True):
                 records[i]["looks"] += 1
@@ -78,4 +82,6 @@ def run(
             left = [i for i in left if not records[i]["reached"]]
         return [records[i] for i in piece]
 
-    return setting.finished(setting.resumed([shot.key for shot in shots], runs.PIECE, look), shift.cpu())
+    return setting.finished(
+        setting.resumed([shot.key for shot in shots], runs.PIECE, look), shift.rows[0].cpu()
+    )

@@ -25,7 +25,8 @@ class Config:
     """Settings of the fine-tuning.
 
     updates: in all; every: updates between two looks. alpha: AdamW's learning rate, constant. batch: pictures per
-    update. drop: share of captions left empty. steps, guidance: how the model draws.
+    update. drop: share of captions left empty, of SDXL with zeros in their place, as in its guidance. steps, guidance:
+    how the model draws.
     """
 
     updates: int = 1000
@@ -56,8 +57,8 @@ def objective(
     config: Config,
 ) -> Callable[[int, torch.Generator], dict]:
     """The diffusion loss of `tuned` on captioned pictures, as `training.optimize` takes it; `model` encodes both."""
-    clean, text = common.latents_of(model, pictures), model.encode(list(captions))
-    empty = model.encode("")
+    clean, text = common.latents_of(model, pictures), model.conditioning(list(captions))
+    empty = model.unconditional()
 
     def loss(step: int, generator: torch.Generator) -> dict:
         picked = torch.randint(len(clean), (config.batch,), generator=generator)
@@ -66,7 +67,9 @@ def objective(
             clean.device, clean.dtype
         )
         dropped = (torch.rand(config.batch, generator=generator) < config.drop).to(model.device)
-        given = torch.where(dropped[:, None, None], empty, text[picked.to(text.device)])
+        given = text[picked].each(
+            lambda own, none: torch.where(dropped.reshape(-1, *[1] * (own.ndim - 1)), none, own), empty
+        )
         return {"loss": common.noise_error(tuned, clean[picked.to(clean.device)], noise, t, given).mean()}
 
     return loss
@@ -112,9 +115,7 @@ def run(
             callback=callback, log=setting.log, decay=0.0, save_every=config.every, folder=setting.folder,
             log_every=math.gcd(config.every, 20), progress=setting.progress,
         )  # fmt: skip
-        pictures = tuned.draw(
-            model.encode(texts), [s.seed for s in shots], steps=config.steps, guidance=config.guidance
-        )
+        pictures = setting.draw(model.conditioning(texts), [s.seed for s in shots], tuned)
         return [{"update": updates, "reached": common.reached(setting.goal, pictures, texts)}]
 
     stages = setting.resumed([str(i) for i in range(config.updates // config.every)], 1, stage)

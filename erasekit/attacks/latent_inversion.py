@@ -6,7 +6,8 @@ DDIM without guidance takes a latent from level t to level p < t by
     y = sqrt(a_p / a_t) (x - sqrt(1 - a_t) e) + sqrt(1 - a_p) e        e = eps(x, t | empty prompt), a: alphas_cumprod
 
 Inversion solves that for x, level by level, by fixed-point iterations from e = eps(y, t); one iteration is plain DDIM
-inversion. The noise that is found is drawn with the empty prompt.
+inversion. The noise that is found is drawn with the empty prompt, of SDXL with the zeros that its guidance takes for
+it.
 
 White-box, needs a picture of the concept, and no text at all. Read the control beside it: a model for which no
 word means anything carries a picture through just as well, so a success says that the *picture* passes, not that the
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
+from erasekit.conditioning import Conditioning, predict
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
 
@@ -62,8 +64,8 @@ def levels(model: DiffusionModel, steps: int) -> list[tuple[int, float, float]]:
 
 
 @torch.no_grad()
-def invert(model: DiffusionModel, clean: Tensor, text: Tensor, steps: int, iterations: int) -> Tensor:
-    """The noise (n, ...) from which `forwards` draws `clean` (n, ...), given text embeddings (n, length, d)."""
+def invert(model: DiffusionModel, clean: Tensor, text: Conditioning, steps: int, iterations: int) -> Tensor:
+    """The noise (n, ...) from which `forwards` draws `clean` (n, ...), given n texts."""
     y = clean.float()
     for t, a_t, a_p in reversed(levels(model, steps)):
         x = y
@@ -75,7 +77,7 @@ def invert(model: DiffusionModel, clean: Tensor, text: Tensor, steps: int, itera
 
 
 @torch.no_grad()
-def forwards(model: DiffusionModel, noise: Tensor, text: Tensor, steps: int) -> Tensor:
+def forwards(model: DiffusionModel, noise: Tensor, text: Conditioning, steps: int) -> Tensor:
     """Clean latents drawn from `noise` by DDIM without guidance."""
     x = noise.float()
     for t, a_t, a_p in levels(model, steps):
@@ -84,9 +86,9 @@ def forwards(model: DiffusionModel, noise: Tensor, text: Tensor, steps: int) -> 
     return x
 
 
-def _predicted(model: DiffusionModel, x: Tensor, t: int, text: Tensor) -> Tensor:
+def _predicted(model: DiffusionModel, x: Tensor, t: int, text: Conditioning) -> Tensor:
     times = torch.full((len(x),), t, device=model.device)
-    return model.unet(x.to(model.dtype), times, encoder_hidden_states=text, return_dict=False)[0].float()
+    return predict(model.unet, x.to(model.dtype), times, text).float()
 
 
 def run(
@@ -114,10 +116,10 @@ def run(
     shots = setting.shots
     if len(targets) != len(shots):
         raise ValueError(f"{len(shots)} attempts and {len(targets)} target pictures: give one each")
-    clean, empty = common.latents_of(model, list(targets)), model.encode("")
+    clean, empty = common.latents_of(model, list(targets)), model.unconditional()
 
     def carry(piece: list[int]) -> list[dict]:
-        text = empty.expand(len(piece), -1, -1)
+        text = empty.times(len(piece))
         noise = invert(model, clean[piece], text, config.steps, config.iterations)
         back = forwards(model, noise, text, config.steps)
         seen = common.reached(setting.goal, model.decode(back), [shots[i].prompt.text for i in piece])

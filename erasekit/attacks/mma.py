@@ -3,6 +3,8 @@ et al., CVPR 2024, arXiv 2311.17516), written anew from its formulas.
 
     min over k tokens   1 - cos( tau(tokens), tau(target text) )        tau: the row at the first end token
 
+Of SDXL the mean over that row of each text encoder and the pooled text (ours).
+
 Greedy coordinate gradient (Zou et al., 2023): the gradient with respect to the one-hot rows names the most promising
 `top` tokens of every slot; of `candidates` texts that differ from the present one in one slot, the best is taken, even
 where it is worse, and the best of all is kept. Tokens with blocked words are never used.
@@ -23,10 +25,10 @@ from torch import Tensor
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.concepts import content_ids, eot_position
-from erasekit.layers import token_table
+from erasekit.conditioning import Conditioning
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
-from erasekit.tokens import as_text, embed, layout, vocabulary
+from erasekit.tokens import as_text, token_tables, vocabulary
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def run(
         folder=folder, progress=progress,
     )  # fmt: skip
     shots = setting.shots
-    allowed = vocabulary(model.tokenizer, config.stable, blocked)
+    allowed = vocabulary(model.tokenizers, config.stable, blocked)
     distinct = list(dict.fromkeys(shot.prompt.text for shot in shots))
     first = {text: next(i for i, s in enumerate(shots) if s.prompt.text == text) for text in distinct}
 
@@ -95,44 +97,35 @@ def search(
 ) -> dict:
     """found, text (prompts encoded) and trace of one greedy coordinate gradient search."""
     tokenizer = model.tokenizer
-    table = token_table(model.text_encoder).float()
-    table = table[allowed.to(table.device)]
-    wanted = _end_row(model, model.encode(target), torch.tensor([len(content_ids(tokenizer, target)) + 1]))
-    ids, free = layout(tokenizer, [[None] * config.tokens])
-    end = eot_position(tokenizer, ids)
+    table = token_tables(model.text_encoders.values())[allowed.to(model.device)]
+    wanted = _ends(model, model.conditioning(target), model.tokenized([target]))
+    places = common.slots(model, lambda _: [[None] * config.tokens])
     slots = torch.randint(len(allowed), (config.tokens,), generator=generator)
     best, best_loss, trace, encoded = slots, float("inf"), [], 1
 
-    def loss_of(one_hot: Tensor) -> Tensor:
-        """Loss (n,) of one-hot rows (n, k, v)."""
-        n = len(one_hot)
-        text = embed(
-            model.text_encoder, ids.expand(n, -1), free.expand(n, -1), (one_hot @ table).flatten(0, 1)
+    def loss_of(rows: Tensor) -> Tensor:
+        """Loss (n,) of the embeddings (n k, d) of n texts."""
+        at = [0] * (len(rows) // config.tokens)
+        found = _ends(model, places.text(rows, at), [ids[at] for ids, _ in places.laid])
+        return 1 - torch.stack([F.cosine_similarity(*both) for both in zip(found, wanted, strict=True)]).mean(
+            0
         )
-        return 1 - F.cosine_similarity(_end_row(model, text, end.expand(n)), wanted)
 
-    hot = lambda rows: F.one_hot(rows, len(allowed)).float().to(table.device)
     for number in range(config.updates):
-        now = hot(slots)[None].requires_grad_()
-        value = loss_of(now)
+        now = F.one_hot(slots, len(allowed)).float().to(table.device).requires_grad_()
+        value = loss_of(now @ table)
         (gradient,) = torch.autograd.grad(value.sum(), now)
         if value.item() < best_loss:
             best, best_loss = slots, value.item()
-        promising = (-gradient[0]).topk(min(config.top, len(allowed)), dim=-1).indices.cpu()
+        promising = (-gradient).topk(min(config.top, len(allowed)), dim=-1).indices.cpu()
         tried = neighbours(slots, promising, config.candidates, generator)
-        tried = _stays(tokenizer, tried, slots, allowed)
+        tried = _stays(model.tokenizers, tried, slots, allowed)
         encoded += 1 + len(tried)
         if not len(tried):
             break
         with torch.no_grad():
             # rows of the table, not products with it: candidates are many
-            text = embed(
-                model.text_encoder,
-                ids.expand(len(tried), -1),
-                free.expand(len(tried), -1),
-                table[tried.flatten().to(table.device)],
-            )
-            values = 1 - F.cosine_similarity(_end_row(model, text, end.expand(len(tried))), wanted)
+            values = loss_of(table[tried.flatten().to(table.device)])
         slots = tried[values.argmin().cpu()]
         if float(values.min()) < best_loss:
             best, best_loss = slots, float(values.min())
@@ -157,17 +150,21 @@ def neighbours(slots: Tensor, promising: Tensor, count: int, generator: torch.Ge
     return rows
 
 
-def _stays(tokenizer, rows: Tensor, slots: Tensor, allowed: Tensor) -> Tensor:
+def _stays(tokenizers: Sequence, rows: Tensor, slots: Tensor, allowed: Tensor) -> Tensor:
     """The rows that are not `slots` itself and read back as as many tokens."""
+    text = lambda row: as_text(tokenizers[0], allowed[row].tolist())
     kept = [
         row
         for row in rows
         if not torch.equal(row, slots)
-        and len(content_ids(tokenizer, as_text(tokenizer, allowed[row].tolist()))) == len(row)
+        and all(len(content_ids(one, text(row))) == len(row) for one in tokenizers)
     ]
     return torch.stack(kept) if kept else rows[:0]
 
 
-def _end_row(model: DiffusionModel, text: Tensor, end: Tensor) -> Tensor:
-    """Row (n, d) of text embeddings (n, length, d) at positions end (n,)."""
-    return text[torch.arange(len(text)), end.to(text.device)].float()
+def _ends(model: DiffusionModel, text: Conditioning, ids: Sequence[Tensor]) -> list[Tensor]:
+    """Of each text encoder its row (n, d) at the first end token of its ids (n, length), and the pooled text (n, p)."""
+    rows = text.rows.split([one.config.hidden_size for one in model.text_encoders.values()], -1)
+    ends = [eot_position(*both) for both in zip(model.tokenizers, ids, strict=True)]
+    found = [own[torch.arange(len(own)), end.to(own.device)] for own, end in zip(rows, ends, strict=True)]
+    return [one.float() for one in (*found, *text.parts[1:])]

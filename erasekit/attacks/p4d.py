@@ -3,8 +3,9 @@ et al., ICML 2024, arXiv 2309.06135).
 
     min_Q  || eps_victim(z_t | tau(Q^)) - eps_original(z_t | tau(P)) ||^2        t uniform, z_t: a noised target picture
 
-over free tokens with embeddings Q, each projected to Q^, the vocabulary row of the largest cosine. The gradient is
-taken at Q^ and applied to Q (as in PEZ, Wen et al., NeurIPS 2023). No guidance in the loss.
+over free tokens with embeddings Q (of SDXL those of both text encoders, side by side), each projected to Q^, the
+vocabulary row of the largest cosine. The gradient is taken at Q^ and applied to Q (as in PEZ, Wen et al., NeurIPS
+2023). No guidance in the loss.
 
     "n"  the free tokens replace the whole prompt
     "k"  one free token is put before every three tokens of the prompt, which stay
@@ -29,10 +30,11 @@ from torch import Tensor
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.concepts import content_ids
-from erasekit.layers import token_table
+from erasekit.conditioning import predict
 from erasekit.models import DiffusionModel
+from erasekit.sampling import ddim
 from erasekit.settings import check, chosen
-from erasekit.tokens import as_text, embed, fits, layout, vocabulary
+from erasekit.tokens import as_text, fits, token_tables, vocabulary
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,18 @@ def run(
     pictures = pictures * len(shots) if len(pictures) == 1 else pictures
     if len(pictures) != len(shots):
         raise ValueError(f"{len(shots)} attempts and {len(pictures)} target pictures: give one, or one each")
-    plain = [content_ids(tokenizer, shot.prompt.text) for shot in shots]
-    free_ones = [None] * config.tokens
-    contents = [free_ones if config.variant == "n" else spaced(content, config.spacing) for content in plain]
-    ids, free = layout(tokenizer, contents)
-    clean, wanted_text = common.latents_of(model, pictures), original.encode([s.prompt.text for s in shots])
-    allowed = vocabulary(tokenizer, config.stable)
-    table = token_table(model.text_encoder).float()
-    table = table[allowed.to(table.device)]
+
+    def opened(tokenizer) -> list[list[int | None]]:
+        plain = [content_ids(tokenizer, shot.prompt.text) for shot in shots]
+        return [
+            [None] * config.tokens if config.variant == "n" else spaced(one, config.spacing) for one in plain
+        ]
+
+    contents, slots = opened(tokenizer), common.slots(model, opened)
+    clean, scheduler = common.latents_of(model, pictures), ddim(model.scheduler)
+    wanted_text = original.conditioning([shot.prompt.text for shot in shots])
+    allowed = vocabulary(model.tokenizers, config.stable)
+    table = token_tables(model.text_encoders.values())[allowed.to(model.device)]
 
     def search(piece: list[int]) -> list[dict]:
         records = {i: {"reached": False, "trace": [], "looks": 0, "unet": 0, "text": 0} for i in piece}
@@ -130,7 +136,7 @@ def run(
         own = {i: setting.generators()[i] for i in piece}
         q = {}
         for i in left:
-            start = torch.randint(len(allowed), (int(free[i].sum()),), generator=own[i])
+            start = torch.randint(len(allowed), (contents[i].count(None),), generator=own[i])
             q[i] = table[start.to(table.device)].clone()
         if left:
             optimizer = torch.optim.AdamW(list(q.values()), lr=config.alpha, weight_decay=config.weight_decay)
@@ -144,7 +150,7 @@ def run(
             if number % config.every and number < config.updates:
                 continue
             texts = {i: written(i, q[i]) for i in left}
-            shown = [i for i in left if fits(tokenizer, texts[i])]
+            shown = [i for i in left if fits(model.tokenizers, texts[i])]
             verdicts = dict(
                 zip(
                     shown,
@@ -174,11 +180,10 @@ def run(
         leaves = [table[nearest(q[i], table)].clone().requires_grad_() for i in rows]
         t = torch.stack([torch.randint(1000, (), generator=own[i]) for i in rows]).to(model.device)
         noise = common.standard_normal(clean[rows], [own[i] for i in rows])
-        noisy = model.scheduler.add_noise(clean[rows], noise, t)
+        noisy = scheduler.add_noise(clean[rows], noise, t)
         with torch.no_grad():
-            wanted = original.unet(noisy, t, encoder_hidden_states=wanted_text[rows], return_dict=False)[0]
-        text = embed(model.text_encoder, ids[rows], free[rows], torch.cat(leaves))
-        predicted = model.unet(noisy, t, encoder_hidden_states=text, return_dict=False)[0]
+            wanted = predict(original.unet, noisy, t, wanted_text[rows])
+        predicted = predict(model.unet, noisy, t, slots.text(torch.cat(leaves), rows))
         loss = (predicted.float() - wanted.float()).square().flatten(1).mean(1)
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = None

@@ -5,6 +5,8 @@ arXiv 2310.10012).
     target    T = tau(P) + eta c^
     search    min over K tokens   || T - tau(tokens) ||^2, all positions together
 
+tau: all that the UNet is told, of SDXL the rows of both text encoders and the pooled text (ours).
+
 Black-box: the text encoder alone is needed, no picture and no UNet. The found text is then an ordinary prompt.
 
 Read from the authors' code at e4585ad (MIT). Difference: the best half is protected from mutation; `faithful` mutates
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
+from erasekit.conditioning import Conditioning, joined
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
-from erasekit.tokens import as_text, layout, vocabulary
+from erasekit.tokens import as_text, vocabulary
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ PRESETS = {
 }
 
 
-def concept_vector(model: DiffusionModel, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    """c^ (length, d): mean difference of the embeddings of prompts with the concept and without."""
+def concept_vector(model: DiffusionModel, pairs: Sequence[tuple[str, str]]) -> Conditioning:
+    """c^, of one prompt: mean difference of what the UNet is told of prompts with the concept and without."""
     if not pairs:
         raise ValueError("a concept vector needs pairs of prompts, with the concept and without")
     with_it, without = zip(*pairs, strict=True)
-    return (model.encode(with_it) - model.encode(without)).mean(0)
+    told, other = model.conditioning(with_it), model.conditioning(without)
+    return told.each(lambda a, b: (a - b).mean(0, keepdim=True), other)
 
 
 def crossed(members: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -149,9 +153,9 @@ def run(
         "Ring-A-Bell", "text encoder", model, prompts, seeds, goal, config, generator,
         depends=[list(map(list, pairs))], folder=folder, progress=progress,
     )  # fmt: skip
-    shots, tokenizer = setting.shots, model.tokenizer
-    layout(tokenizer, [[None] * config.tokens])  # room for them
-    allowed = vocabulary(tokenizer, config.stable)
+    shots = setting.shots
+    common.slots(model, lambda _: [[None] * config.tokens])  # room for them
+    allowed = vocabulary(model.tokenizers, config.stable)
     shift = concept_vector(model, pairs)
     distinct = list(dict.fromkeys(shot.prompt.text for shot in shots))
     first = {text: next(i for i, s in enumerate(shots) if s.prompt.text == text) for text in distinct}
@@ -160,19 +164,21 @@ def run(
     def found(piece: list[int]) -> list[dict]:
         records = []
         for number in piece:
-            target = (model.encode(distinct[number])[0] + config.eta * shift).float()
+            told = model.conditioning(distinct[number])
+            target = told.each(lambda own, by: (own + config.eta * by).float(), shift)
 
             def fitness(members: Tensor, target=target) -> Tensor:
-                ids, _ = layout(tokenizer, members.tolist())
-                rows = [model.text_encoder(part.to(model.device))[0] for part in ids.split(256)]
-                return (torch.cat(rows).float() - target).square().sum((1, 2)).cpu()
+                texts = common.slots(model, lambda _: members.tolist())
+                found = joined([texts.text(at=part) for part in torch.arange(len(members)).split(256)])
+                apart = found.each(lambda one, far: (one.float() - far).square().flatten(1).sum(1), target)
+                return sum(apart.parts).cpu()
 
             own = setting.generators()[first[distinct[number]]]
             tokens, course, evaluated = search(fitness, allowed, config, own)
             every = max(1, len(course) // 20)
             records.append(
                 {
-                    "found": as_text(tokenizer, tokens.tolist()),
+                    "found": as_text(model.tokenizer, tokens.tolist()),
                     "text": evaluated,
                     "trace": [
                         {"generation": g, "loss": round(course[g], 4)} for g in range(0, len(course), every)

@@ -19,10 +19,9 @@ from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.concepts import content_ids
 from erasekit.evaluate import runs
-from erasekit.layers import token_table
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
-from erasekit.tokens import embed, layout
+from erasekit.tokens import token_tables
 from erasekit.training import constant, optimize
 from erasekit.tuning import frozen
 
@@ -70,7 +69,8 @@ def run(
     """Learn one word for all prompts and draw each with it; see `attacks.common` for what all attacks share.
 
     phrase: what the word stands for; every prompt and caption must hold it. pictures, captions: of the concept, one
-    caption each. `learned` is v, (tokens, d). callback: step and loss at every update.
+    caption each. `learned` is v, (tokens, d), of SDXL the embeddings of both text encoders side by side.
+    callback: step and loss at every update.
     """
     config = chosen(PRESETS, model, config, "sd14")
     if len(pictures) != len(captions) or not pictures:
@@ -79,11 +79,13 @@ def run(
         "textual inversion", "victim's weights, pictures, embedding input", model, prompts, seeds, goal, config,
         generator, depends=[phrase, *pictures, list(captions)], folder=folder, progress=progress,
     )  # fmt: skip
-    shots, tokenizer = setting.shots, model.tokenizer
-    ids, free = layout(tokenizer, [_opened(tokenizer, text, phrase, config.tokens) for text in captions])
-    wanted = [_opened(tokenizer, shot.prompt.text, phrase, config.tokens) for shot in shots]
+    shots = setting.shots
+    opened = lambda texts: common.slots(
+        model, lambda tokenizer: [_opened(tokenizer, text, phrase, config.tokens) for text in texts]
+    )
+    shown, wanted = opened(captions), opened([shot.prompt.text for shot in shots])
     clean = common.latents_of(model, pictures)
-    table = token_table(model.text_encoder).float()
+    table = token_tables(model.text_encoders.values())
     word = torch.nn.Module()
     # the mean of the vocabulary: no word in particular
     word.rows = torch.nn.Parameter(table.mean(0).repeat(config.tokens, 1))
@@ -95,10 +97,10 @@ def run(
         noise = torch.randn((config.batch, *clean.shape[1:]), generator=generator).to(
             clean.device, clean.dtype
         )
-        text = embed(model.text_encoder, ids[picked], free[picked], word.rows.repeat(config.batch, 1))
+        text = shown.text(word.rows.repeat(config.batch, 1), picked)
         return {"loss": common.noise_error(model, clean[picked.to(clean.device)], noise, t, text).mean()}
 
-    with frozen(model.unet, model.text_encoder):
+    with frozen(model.unet, *model.text_encoders.values()):
         optimize(
             "word", word, loss, steps=config.updates, peak=config.alpha, generator=own, schedule=constant,
             callback=callback, log=setting.log, decay=0.0, weight_decay=0.0, save_every=40, folder=setting.folder,
@@ -108,9 +110,9 @@ def run(
 
     @torch.no_grad()
     def look(piece: list[int]) -> list[dict]:
-        at, open_ = layout(tokenizer, [wanted[i] for i in piece])
-        text = embed(model.text_encoder, at, open_, rows.repeat(len(piece), 1))
-        pictures = setting.draw(text, [shots[i].seed for i in piece])
+        pictures = setting.draw(
+            wanted.text(rows.repeat(len(piece), 1), piece), [shots[i].seed for i in piece]
+        )
         seen = common.reached(setting.goal, pictures, [shots[i].prompt.text for i in piece])
         return [{"reached": one, "looks": 1, "trace": [{"look": 1, "reached": one}]} for one in seen]
 

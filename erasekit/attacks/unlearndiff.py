@@ -33,10 +33,9 @@ from torch import Tensor
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.concepts import content_ids
-from erasekit.layers import text_backbone
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
-from erasekit.tokens import as_text, embed, fits, layout, vocabulary
+from erasekit.tokens import as_text, fits, token_tables, vocabulary
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,11 @@ def run(
     pictures = pictures * len(shots) if len(pictures) == 1 else pictures
     if len(pictures) != len(shots):
         raise ValueError(f"{len(shots)} attempts and {len(pictures)} target pictures: give one, or one each")
-    contents = [[None] * config.k + content_ids(model.tokenizer, s.prompt.text) for s in shots]
-    ids, free = layout(model.tokenizer, contents)
+    prefixed = lambda tokenizer: [[None] * config.k + content_ids(tokenizer, s.prompt.text) for s in shots]
+    slots = common.slots(model, prefixed)
     clean = common.latents_of(model, pictures)
-    allowed = vocabulary(model.tokenizer, config.stable)
-    table = (
-        text_backbone(model.text_encoder)
-        .embeddings.token_embedding.weight.detach()
-        .float()[allowed.to(model.device)]
-    )
+    allowed = vocabulary(model.tokenizers, config.stable)
+    table = token_tables(model.text_encoders.values())[allowed.to(model.device)]
 
     def search(piece: list[int]) -> list[dict]:
         records = {i: {"reached": False, "trace": [], "looks": 0, "unet": 0, "text": 0} for i in piece}
@@ -146,7 +141,7 @@ def run(
                 losses = update({i: u[i] for i in left}, own, t, optimizer)
             tokens = {i: allowed[u[i].argmax(-1).cpu()].tolist() for i in left}
             texts = {i: f"{as_text(model.tokenizer, tokens[i])} {shots[i].prompt.text}" for i in left}
-            shown = [i for i in left if fits(model.tokenizer, texts[i])]
+            shown = [i for i in left if fits(model.tokenizers, texts[i])]
             seen = setting.look([texts[i] for i in shown], [shots[i].seed for i in shown])
             verdicts = dict(zip(shown, seen, strict=True))
             for i, loss in zip(left, losses, strict=True):
@@ -180,10 +175,9 @@ def run(
             picked = torch.multinomial(u[i].cpu(), 1, generator=own[i])[:, 0]
             hard.append(picked.to(table.device))
         delta = torch.cat([straight_through(x, h) @ table for x, h in zip(leaves, hard, strict=True)])
-        text = embed(model.text_encoder, ids[rows], free[rows], delta)
         noise = common.standard_normal(clean[rows], [own[i] for i in rows])
         times = torch.full((len(rows),), t, device=model.device)
-        loss = common.noise_error(model, clean[rows], noise, times, text)
+        loss = common.noise_error(model, clean[rows], noise, times, slots.text(delta, rows))
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = None
         for i, gradient in zip(rows, torch.autograd.grad(loss.sum(), leaves), strict=True):

@@ -25,7 +25,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from erasekit.concepts import content_ids, subject_span
-from erasekit.conditioning import Conditioning
 from erasekit.edits import Edit
 from erasekit.evaluate import metrics, runs
 from erasekit.evaluate.protocols import Protocol
@@ -287,16 +286,17 @@ def _spared(model, edit, prompts, seeds, **sampling):
 
 def _learned(model, edit, prompts, seeds, *, phrases, rows, **sampling):
     """A word (tokens, d) in place of the phrase, as textual inversion of the unedited model learned it."""
-    contents = []
-    for text, phrase in _found(prompts, phrases):
-        before, _, after = text.partition(phrase)
-        contents.append(
-            [*content_ids(model.tokenizer, before), *[None] * len(rows), *content_ids(model.tokenizer, after)]
-        )
-    ids, free = layout(model.tokenizer, contents)
+    around = [text.partition(phrase) for text, phrase in _found(prompts, phrases)]
+    laid = [
+        layout(one, [
+            [*content_ids(one, before), *[None] * len(rows), *content_ids(one, after)] for before, _, after in around
+        ])
+        for one in model.tokenizers
+    ]  # fmt: skip
+    encoders, scale = list(model.text_encoders.values()), model.pipeline.vae_scale_factor
     with applied(edit, model), torch.no_grad():
-        text = embed(model.text_encoder, ids, free, rows.repeat(len(prompts), 1).to(model.device))
-        return model.draw(Conditioning(text), seeds, **sampling)
+        text = embed(encoders, laid, rows.repeat(len(prompts), 1).to(model.device), scale)
+        return model.draw(text, seeds, **sampling)
 
 
 # Pictures

@@ -251,10 +251,10 @@ def run(
     """Draw and judge what is missing of a protocol, and return the run. Kill it anywhere and call it again.
 
     edit: applied for the run (None: the model as it is, with the edits already in force). attack: (d, d) matrix G;
-    rows x of the prompts' embeddings are replaced by x G^T. step: a way of use, see `deployment.steps`.
-    Under `accelerate launch` or torchrun the pieces are shared out among the processes; the pictures are the same for
-    any number. Raises RuntimeError where a judge fails: no picture counts as safe that was not judged; ValueError for
-    an attack and a step at once.
+    rows x of the prompts' embeddings are replaced by x G^T (the pooled text of SDXL stays). step: a way of use, see
+    `deployment.steps`. Under `accelerate launch` or torchrun the pieces are shared out among the processes; the
+    pictures are the same for any number. Raises RuntimeError where a judge fails: no picture counts as safe that was
+    not judged; ValueError for an attack and a step at once.
     """
     if attack is not None and step is not None:
         raise ValueError("give an attack or a step, not both")
@@ -405,12 +405,14 @@ def model_key(
         protocol.steps,
     ]
     settings += [dict(model.scheduler.config), str(model.dtype), model.device.type]
+    if not model.own_loop:  # of SDXL, what guidance leads away from
+        settings.append(model.pipeline.config.get("force_zeros_for_empty_prompt"))
     return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @contextmanager
 def sampled_by(model: DiffusionModel, name: str) -> Iterator[None]:
-    """Inside the block the model draws by this class of diffusers schedulers, made from its own scheduler's config."""
+    """Inside the block the model draws by this scheduler of diffusers. ValueError where there is none of that name."""
     scheduler = model.pipeline.scheduler
     if type(scheduler).__name__ == name:
         yield
@@ -441,12 +443,11 @@ def _draw(model, missing: Sequence[Shot], protocol, attack, place: Path, rank: i
         if step is not None:
             pictures = step.draw(model, edit, texts, seeds, **sampling)
         else:
-            embeddings = model.encode(texts)
+            told = model.conditioning(texts)
             if attack is not None:
-                embeddings = (embeddings.double() @ attack.double().to(embeddings.device).T).to(
-                    embeddings.dtype
-                )
-            pictures = model.draw(embeddings, seeds, **sampling)
+                rows = told.rows.double() @ attack.double().to(told.rows.device).T
+                told = told.with_rows(rows.to(told.rows.dtype))
+            pictures = model.draw(told, seeds, **sampling)
         for shot, picture in zip(part, pictures, strict=True):
             file = _file(place, shot)
             with replacing(file) as temporary:

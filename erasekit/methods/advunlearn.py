@@ -25,7 +25,6 @@ training x_t, eps_o and y do not depend on it: states="cached" computes them onc
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -36,12 +35,12 @@ from torch import Tensor, nn
 from erasekit.concepts import Concept, check_templates, content_ids
 from erasekit.conditioning import Conditioning, joined, predict, told
 from erasekit.edits import Edit
-from erasekit.layers import text_parameters, token_table, unet_parameters
+from erasekit.layers import text_parameters, unet_parameters
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
 from erasekit.settings import EMOJI_TEMPLATES, asked, check, erase_prompts
 from erasekit.states import Source, State, States, check_sources
-from erasekit.tokens import filled, layout
+from erasekit.tokens import embed, layout, token_tables
 from erasekit.tuning import check_changed, descend, difference, trainee
 
 Placement = Literal["prefix", "suffix", "replace", "add"]
@@ -160,11 +159,7 @@ class Slots:
     def text(self, encoders: Sequence[nn.Module], delta: Tensor) -> Conditioning:
         """The text under the attack delta (n, slots, d)."""
         rows = (self.base + delta)[self.exists]
-        widths = [table.shape[1] for table in map(token_table, encoders)]
-        with ExitStack() as stack:
-            for encoder, ids, own in zip(encoders, self.ids, rows.split(widths, -1), strict=True):
-                stack.enter_context(filled(encoder, ids, self.free, own))
-            return told(encoders, self.ids, self.scale)
+        return embed(encoders, [(one, self.free) for one in self.ids], rows, self.scale)
 
     def rows(self, at: Tensor) -> "Slots":
         """Of these prompts alone."""
@@ -174,7 +169,7 @@ class Slots:
 
 def slots(model: DiffusionModel, prompts: Sequence[str], config: Config) -> Slots:
     """Places of the attack in each prompt. ValueError when a prompt is too long for it."""
-    table = tokens_of(model)
+    table = token_tables(model.text_encoders.values())
     contents = [content_ids(model.tokenizer, prompt) for prompt in prompts]
     if config.faithful:
         contents = [ids[: len(prompt.split())] for ids, prompt in zip(contents, prompts, strict=True)]
@@ -196,12 +191,6 @@ def slots(model: DiffusionModel, prompts: Sequence[str], config: Config) -> Slot
     device = table.device
     ids = tuple(one.to(device) for one, _ in laid)
     return Slots(ids, free.to(device), base.to(device), exists.to(device), model.pipeline.vae_scale_factor)
-
-
-def tokens_of(model: DiffusionModel) -> Tensor:
-    """The embedding (vocabulary, d) of every token, of SDXL those of both text encoders side by side, float32."""
-    tables = [token_table(one) for one in model.text_encoders.values()]
-    return torch.cat([one[: min(map(len, tables))] for one in tables], -1).float()
 
 
 def attack_loss(
@@ -299,7 +288,7 @@ def fit(
     retain = States(model, kept, seed + 1, *how, None, folder) if kept else None
     where, plain = slots(model, prompts, config), model.tokenized(prompts)
     kept_ids = model.tokenized(kept) if kept else None
-    table = tokens_of(model)
+    table = token_tables(originals.values())
     # in the checkpoint, so that start="latest" goes on after an interruption
     module.register_buffer("latest", torch.zeros_like(where.base))
     module.register_buffer("begun", torch.zeros(len(prompts), dtype=torch.bool, device=model.device))
