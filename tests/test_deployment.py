@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from diffusers import StableDiffusionImg2ImgPipeline, UniPCMultistepScheduler
+from test_families import sdxl
 
 import erasekit as ek
 from erasekit.closed_form import ContextMap
@@ -435,3 +436,22 @@ def test_what_an_edit_survives_is_a_result(tmp_path, monkeypatch):
     assert {name.rpartition(".")[0].rpartition("attn")[2][2:] for name in again.tensors} == set(
         experiment.ATTENTION
     )
+
+
+SDXL_NAMES = ("rounded to int4", "first 2 of 5 steps unedited", "weighted by 2.0", "blended with church, half",
+              "negative prompt: church", "a word learned on the unedited model",
+              "from a picture of it, strength 0.5")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SDXL_NAMES)
+def test_steps_of_sdxl(name):
+    model = ek.load(sdxl())
+    edit = ek.uce.fit(model, "dog", "castle", config=ek.uce.PRESETS["sd14-object"])
+    width = sum(one.get_input_embeddings().embedding_dim for one in model.text_encoders.values())
+    word = torch.randn(2, width, generator=torch.Generator().manual_seed(5))
+    step = deployment.steps("dog", "church", number=5, word=word)[name]
+    before = state(model)
+    pictures = drawn(step, model, edit, guidance=5.0)
+    assert len(pictures) == 2 and unchanged(model, before)
+    with edit.applied(model):
+        assert not same(pictures, model.generate(PROMPTS, SEEDS, **SAMPLING | {"guidance": 5.0}))
