@@ -87,7 +87,9 @@ def test_the_grid_gives_the_command_that_the_committed_file_names(jobs, name):
 def test_a_benchmark_finds_the_script_beside_it(jobs, name, tmp_path):
     """As the grid starts it, in a folder with nothing in it."""
     python, script, *_ = jobs[f"build/results/benchmark_{name}.json"]
-    subprocess.run([python, script, "--help"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run(
+        [python, script, "--help"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    )
 
 
 def test_ablations_have_the_variants_that_were_committed(jobs):
