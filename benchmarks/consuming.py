@@ -2,20 +2,45 @@
 
 import importlib.metadata
 import json
+import logging
 import sys
 from pathlib import Path
 
 import torch
+
+try:  # it comes with InvokeAI, built for torch with CUDA: beside torch for CPUs alone it misses operators
+    import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except RuntimeError:
+    for name in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 TOOL, EXPORTS = sys.argv[1], Path(sys.argv[2])
 NOISE = load_file(EXPORTS / "noise.safetensors")
-INPUTS = tuple(NOISE[name] for name in ("latents", "step", "text"))
+NAMES = ["latents", "step", "text"]
+INPUTS = tuple(NOISE[name] for name in NAMES)
+ARRAYS = {name: value.numpy() for name, value in zip(NAMES, INPUTS, strict=True)}
 
 
 def unet(folder="unet"):
     return UNet2DConditionModel.from_pretrained(EXPORTS / folder, local_files_only=True).eval()
+
+
+class Plain(torch.nn.Module):
+    """A UNet that takes and gives tensors."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.unet = unet(folder)
+
+    def forward(self, latents, step, text):
+        return self.unet(latents, step, text).sample
 
 
 def predicted(model):
@@ -35,45 +60,99 @@ def lycoris(file):
     return predicted(model)
 
 
+def invokeai(file, **how):
+    """As its LoRALoader and its denoising do it for SD 1; it patches layers beside the weights on a CPU."""
+    from invokeai.backend.model_manager.load.model_cache.torch_module_autocast.torch_module_autocast import (
+        apply_custom_layers_to_model,
+    )
+    from invokeai.backend.patches.layer_patcher import LayerPatcher
+    from invokeai.backend.patches.lora_conversions.peft_adapter_utils import normalize_peft_adapter_names
+    from invokeai.backend.patches.lora_conversions.sd_lora_conversion_utils import (
+        lora_model_from_sd_state_dict,
+    )
+
+    model = unet()
+    apply_custom_layers_to_model(model)
+    patch = lora_model_from_sd_state_dict(normalize_peft_adapter_names(load_file(EXPORTS / file)))
+    with LayerPatcher.apply_smart_model_patches(model, [(patch, 1.0)], "lora_unet_", torch.float32, **how):
+        return predicted(model)
+
+
 def onnx(folder):
     import onnxruntime
 
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unet = unet(folder)
-
-        def forward(self, latents, step, text):
-            return self.unet(latents, step, text).sample
-
-    names = ["latents", "step", "text"]
     torch.onnx.export(
-        Plain().eval(), INPUTS, EXPORTS / "unet.onnx", input_names=names, dynamo=True, verbose=False
+        Plain(folder).eval(), INPUTS, EXPORTS / "unet.onnx", input_names=NAMES, dynamo=True, verbose=False
     )
     session = onnxruntime.InferenceSession(EXPORTS / "unet.onnx", providers=["CPUExecutionProvider"])
-    given = {name: value.numpy() for name, value in zip(names, INPUTS, strict=True)}
-    return torch.from_numpy(session.run(None, given)[0])
+    return torch.from_numpy(session.run(None, ARRAYS)[0])
+
+
+def openvino(folder, **how):
+    """Written and read again; computed in float32, which is not the default of every processor."""
+    import openvino as ov
+
+    written = EXPORTS / "openvino.xml"
+    ov.save_model(ov.convert_model(Plain(folder).eval(), example_input=INPUTS), written, **how)
+    model = ov.Core().compile_model(written, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(model(list(ARRAYS.values()))[0])
 
 
 LORA = {"LoRA in kohya's names": ("map", "kohya-map.safetensors")}
+UNKNOWN = {"control: a LoRA of unknown names": ("map", "unknown-map.safetensors")}
 FULL = {f"LyCORIS full, {name}": (name, f"full-{name}.safetensors") for name in ("map", "everything")}
+MERGED = {f"merged, {name}": (name, f"merged-{name}") for name in ("map", "everything")}
+
+
+def each(exports, addition="", **how):
+    return {name + addition: (edit, file, how) for name, (edit, file) in exports.items()}
+
+
 WAYS = {
-    "lycoris": (lycoris, LORA | FULL, ("lycoris_lora", "diffusers")),
-    "onnx": (
-        onnx,
-        {f"merged, {name}": (name, f"merged-{name}") for name in ("map", "everything")},
-        ("onnx", "onnxscript", "onnxruntime", "diffusers"),
+    "LyCORIS": (lycoris, each(LORA | FULL | UNKNOWN), ("lycoris_lora", "diffusers")),
+    "InvokeAI": (
+        invokeai,
+        each(LORA | FULL | UNKNOWN) | each(LORA | FULL, ", into the weights", force_direct_patching=True),
+        ("invokeai", "diffusers"),
+    ),
+    "ONNX Runtime": (onnx, each(MERGED), ("onnxruntime", "onnx", "onnxscript", "diffusers")),
+    "OpenVINO": (
+        openvino,
+        each(MERGED, compress_to_fp16=False) | each(MERGED, ", save_model's default"),
+        ("openvino", "diffusers"),
     ),
 }
 
+
+class Heard(logging.Handler):
+    """How many warnings a tool gave."""
+
+    count = 0
+
+    def emit(self, record):
+        self.count += record.levelno >= logging.WARNING
+
+
+def far(a, b):
+    return float((a - b).abs().max())
+
+
+heard = Heard()
+logging.getLogger().addHandler(heard)
 read, exports, packages = WAYS[TOOL]
-far = lambda a, b: float((a - b).abs().max())
 found = {}
-for name, (edit, file) in exports.items():
-    noise = read(file)
-    found[name] = {
+for name, (edit, file, how) in exports.items():
+    heard.count = 0
+    control = {"applied from unedited": far(NOISE["unedited"], NOISE[edit])}
+    try:
+        noise = read(file, **how)
+    except Exception as error:  # noqa: BLE001 - what a tool says is the result
+        found[name] = control | {"error": f"{type(error).__name__}: {error}".split("\n")[0][:160]}
+        continue
+    found[name] = control | {
         "difference": far(noise, NOISE[edit]),
-        "of the unedited": far(NOISE["unedited"], NOISE[edit]),
+        "from unedited": far(noise, NOISE["unedited"]),
+        "warnings": heard.count,
     }
 versions = {name: importlib.metadata.version(name) for name in ("torch", *packages)}
 print(json.dumps({"versions": versions, "found": found}))

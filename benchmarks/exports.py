@@ -88,11 +88,14 @@ def elsewhere(place: Path, packages: tuple[str, ...], *command: str | Path) -> d
 
     It runs offline; RuntimeError with what it said where it fails.
     """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "DIFFUSERS_VERBOSITY": "error"}
     venv.create(place, with_pip=True)
     python = place / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, TORCH, *packages], check=True, stdout=sys.stderr)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "DIFFUSERS_VERBOSITY": "error"}
+    pip = [python, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
+    done = subprocess.run([*pip, TORCH, *packages], env=environment, capture_output=True, text=True)
+    print(done.stderr, file=sys.stderr)
+    if done.returncode:
+        raise RuntimeError(f"{', '.join(packages)}: {done.stderr}")
     done = subprocess.run([python, *command], env=environment, cwd=place, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{', '.join(packages)}: {done.stderr}")

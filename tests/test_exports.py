@@ -22,7 +22,9 @@ from torch import nn
 import erasekit as ek
 from erasekit import checkpoints
 from erasekit.edits import Edit
+from erasekit.evaluate import records
 from erasekit.layers import cross_attention_kv
+from erasekit.paths import ROOT
 
 MAKE = {"sd1": tiny_pipeline, "sd2": sd2, "sdxl": sdxl}
 CHURCH = ek.uce.Config(lam=1.0)  # random encoders give rows of norm 600
@@ -379,3 +381,28 @@ def test_two_loras_with_weights_add_fused_or_not(export, tmp_path):
     assert all(far(picture, wanted) <= 1 for picture in found.values())
     with one.applied(model), two.applied(model):
         assert far(drawn(model.pipeline), wanted) > 2  # control: the strengths count
+
+
+# ---- other tools --------------------------------------------------------------------------------
+
+
+def test_the_readme_says_what_other_tools_made_of_the_exports():
+    details = records.read("benchmark_consumers").details
+    table = (ROOT / "README.md").read_text().partition("\n| read by | ")[2].partition("\n\n")[0].splitlines()
+    said = [tuple(line.strip(" |").split(" | ")) for line in table[2:]]
+    expected = []
+    for tool, one in details["consumers"].items():
+        version = list(one["versions"].values())[1]
+        for way, found in one["found"].items():
+            far = found.get("difference")
+            difference = "none" if far is None else f"{far:.0e}" if far else "0"
+            expected.append((f"{tool} {version}", way, difference, found["verdict"]))
+    assert said == expected
+    within = details["within"]
+    for tool, one in details["consumers"].items():
+        for way, found in one["found"].items():
+            assert found["applied from unedited"] > 100 * max(within.values())  # the edit shows
+            if way.startswith("control"):  # names that no layer has
+                assert found["verdict"] == "loads nothing" and found["from unedited"] == 0, tool
+            elif "error" not in found:
+                assert found["difference"] <= within[found["verdict"]]

@@ -65,9 +65,10 @@ def test_every_committed_result_is_a_cell_or_listed_with_a_reason(jobs):
 @pytest.mark.parametrize("name", sorted(COMMITTED.keys() - CONFIG["uncovered"].keys()))
 def test_the_grid_gives_the_command_that_the_committed_file_names(jobs, name):
     """But for what commands do not record: where `run` saves the edit, variants of an ablation, a transfer's edit."""
-    python, safe, *words = jobs[f"build/results/{name}.json"]
-    assert (python, safe) == (sys.executable, "-P")
-    words = ["python", *words]
+    python, *words = jobs[f"build/results/{name}.json"]
+    script = words[0].endswith(".py")
+    assert python == sys.executable and script == (words[0] != "-P")
+    words = ["python", *words[not script :]]
     if "&&" in words:  # the finished file is copied
         words = words[: words.index("&&")]
     words = [re.sub(r"^build/(results|ablations)/", "data/results/", word) for word in words]
@@ -80,6 +81,15 @@ def test_the_grid_gives_the_command_that_the_committed_file_names(jobs, name):
     if name == "benchmark_transfer":
         words[3] = "EDIT"
     assert words == expected
+
+
+@pytest.mark.parametrize("name", ["consumers", "text_entries"])
+def test_a_benchmark_finds_the_script_beside_it(jobs, name, tmp_path):
+    """As the grid starts it, in a folder with nothing in it."""
+    python, script, *_ = jobs[f"build/results/benchmark_{name}.json"]
+    subprocess.run(
+        [python, script, "--help"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    )
 
 
 def test_ablations_have_the_variants_that_were_committed(jobs):
