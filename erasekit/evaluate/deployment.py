@@ -376,16 +376,11 @@ def steps(
     add("Euler, 15 steps", "sampler", _sampled, sampler="EulerDiscreteScheduler", changes={"steps": 15})
     for guidance in (1.0, 7.5):
         add(f"guidance {guidance:g}", "sampler", _sampled, changes={"guidance": guidance})
-    for at in (1, number // 5, 2 * number // 5, 3 * number // 5):
+    for at in sorted({1, number // 5, 2 * number // 5, 3 * number // 5} - {0}):
         of_edit(f"first {at} of {number} steps unedited", "handover", _handed_over, at=at, first="unedited")
-    for at in (2 * number // 5, 4 * number // 5):
-        add(
-            f"first {at} of {number} steps edited, the rest not",
-            "handover",
-            _handed_over,
-            at=at,
-            first="edited",
-        )
+    for at in sorted({2 * number // 5, 4 * number // 5} - {0}):
+        name = f"first {at} of {number} steps edited, the rest not"
+        of_edit(name, "handover", _handed_over, at=at, first="edited")
     for name, form in (("plural", "{}s"), ("capitals", "upper"), ("cute", "cute {}"), ("possessive", "{}'s")):
         add(f"spelled otherwise: {name}", "prompt", _reworded, phrases=phrases, form=form)
     for factor in (1.5, 2.0):
