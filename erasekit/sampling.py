@@ -11,6 +11,13 @@ from torch import Tensor
 from erasekit.conditioning import Conditioning, joined, predict
 
 
+def config_of(scheduler) -> dict:
+    """What a scheduler was made with, for keys of what is kept on disk. Without the names of the defaults that
+    `from_config` filled in: diffusers lists them in the order of a set, another one in every process.
+    """
+    return {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+
+
 def ddim(scheduler) -> DDIMScheduler:
     """A DDIM scheduler with the noise schedule of any diffusers scheduler: as many time steps as steps, and UNet inputs
     that are not rescaled. Training looks at x_t through it, whatever the model draws with.

@@ -21,7 +21,7 @@ from erasekit.conditioning import joined, predict
 from erasekit.layers import channels_last, text_projected_once
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing
-from erasekit.sampling import ddim, walk
+from erasekit.sampling import config_of, ddim, walk
 from erasekit.settings import check
 
 Source = Literal["trained", "frozen", "cached"]
@@ -120,7 +120,7 @@ class States:
             return found | {"timestep": at.expand(len(ways[part]), -1)}
 
         what = [
-            dict(self.scheduler.config),
+            config_of(self.scheduler),
             self.prompts,
             self.seed,
             self.guidance,

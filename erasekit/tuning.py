@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from erasekit import states
 from erasekit.layers import channels_last
 from erasekit.models import DiffusionModel
+from erasekit.sampling import config_of
 from erasekit.training import constant, optimize
 
 SAVE_EVERY = 50  # iterations
@@ -66,7 +67,7 @@ def descend(
     """
     what = [method, model.fingerprint(), model.edits_in_force(), asdict(config), list(prompts)]
     what += [generator.get_state().tolist(), [digest(one) for one in also]]
-    what += [str(model.dtype), model.device.type, str(dict(model.scheduler.config))]
+    what += [str(model.dtype), model.device.type, str(config_of(model.scheduler))]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
     place = (folder or states.FOLDER) / f"{method}-{key}"
 

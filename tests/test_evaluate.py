@@ -208,6 +208,28 @@ def test_hash_is_the_same_in_another_process():
     assert found.stdout.strip() == protocols.objects("dog").hash != protocols.objects("cat").hash
 
 
+KEY_OF_ANOTHER_SAMPLER = """
+import erasekit as ek
+from erasekit.evaluate import protocols, runs
+model, asked = ek.load("emoji", device="cpu"), protocols.deployment("dog", 1)
+with runs.sampled_by(model, asked.sampler):
+    print(runs.model_key(model, [], asked, None), model.scheduler.config["_use_default_values"])
+"""
+
+
+def test_a_run_with_another_sampler_goes_on_in_another_process():
+    """diffusers notes the defaults that it filled in, in the order of a set."""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", KEY_OF_ANOTHER_SAMPLER], env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout.partition(" ")
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert said[0][0] == said[1][0]
+    assert said[0][2] != said[1][2]  # control: the order does differ
+
+
 def test_judges_version_moves_the_hash(monkeypatch):
     before = small().hash
     monkeypatch.setattr(judges.EmojiJudge, "version", "another")

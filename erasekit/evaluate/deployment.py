@@ -39,7 +39,7 @@ FAR = 1000  # added to a picture's seed for the picture that it starts from
 
 
 class NoMeaning(ValueError):
-    """The step cannot be done with this kind of edit."""
+    """The step cannot be done with this kind of edit, or of model."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Step:
         steps: int,
         guidance: float,
     ) -> list[Image.Image]:
-        """A picture for each prompt and seed. NoMeaning where the step cannot be done with the edit."""
+        """A picture for each prompt and seed. NoMeaning where the step cannot be done with the edit or the model."""
         return self.how(
             model, edit, list(prompts), list(seeds), steps=steps, guidance=guidance, **self.settings
         )
@@ -306,6 +306,8 @@ def _from_picture(model, edit, prompts, seeds, *, strength, steps, guidance, mas
     """Image to image by stock diffusers, from the unedited model's picture of the same prompt and another seed. mask:
     inpaint the right half of it.
     """
+    if mask and (channels := model.unet.config.in_channels) not in (4, 9):
+        raise NoMeaning(f"stock pipelines inpaint with UNets of 4 or 9 channels, not of {channels}")
     shown = model.generate(prompts, [seed + FAR for seed in seeds], steps=steps, guidance=guidance)
     maker = AutoPipelineForInpainting if mask else AutoPipelineForImage2Image
     pipeline = maker.from_pipe(model.pipeline)

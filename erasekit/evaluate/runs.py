@@ -46,6 +46,7 @@ from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.evaluate.records import EditMade, Result, measurements, shown
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing, write_atomically
+from erasekit.sampling import config_of
 
 if TYPE_CHECKING:
     from erasekit.evaluate.deployment import Step
@@ -404,7 +405,7 @@ def model_key(
         protocol.sampler,
         protocol.steps,
     ]
-    settings += [dict(model.scheduler.config), str(model.dtype), model.device.type]
+    settings += [config_of(model.scheduler), str(model.dtype), model.device.type]
     if not model.own_loop:  # of SDXL, what guidance leads away from
         settings.append(model.pipeline.config.get("force_zeros_for_empty_prompt"))
     return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:24]

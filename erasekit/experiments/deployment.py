@@ -130,11 +130,11 @@ def measure(
             except deployment.NoMeaning as error:
                 refused[name] = str(error)
                 continue
-            measure = asked.measures[0]
-            seen = run.values(measure)
-            before = plain.setdefault(measure.name, seen)
+            (counted,) = asked.measures
+            seen = run.values(counted)
+            before = plain.setdefault(counted.name, seen)
             found += measurements(run.measured(), asked, label, step=name)
-            moved.setdefault(name, {})[measure.name] = {
+            moved.setdefault(name, {})[counted.name] = {
                 "back": int((seen > before).sum()),
                 "gone": int((seen < before).sum()),
             }

@@ -47,7 +47,7 @@ from erasekit.layers import unet_parameters
 from erasekit.models import DiffusionModel
 from erasekit.paths import DATA
 from erasekit.retained import retained
-from erasekit.sampling import ddim, walk
+from erasekit.sampling import config_of, ddim, walk
 from erasekit.settings import EMOJI_TEMPLATES, asked, check
 from erasekit.states import States, cached
 from erasekit.text_entries import spaces
@@ -362,7 +362,7 @@ def trajectories(
             for name, column in zip(TRAJECTORY, zip(*points, strict=True), strict=True)
         }
 
-    what = [dict(model.scheduler.config), list(malicious), list(safe), seed, config.guidance, config.sampler]
+    what = [config_of(model.scheduler), list(malicious), list(safe), seed, config.guidance, config.sampler]
     what += [config.early, config.noises, config.beta, config.faithful]
     found = cached(model, (folder or states.FOLDER) / "trajectories", what, len(ways), early)
     return Trajectories(*(found[name].flatten(0, 1) for name in TRAJECTORY))
@@ -380,7 +380,7 @@ def calmed(start: DiffusionModel, calm: States, also: Sequence, folder: Path | N
             found.append(predict(start.unet, x, t, calm.empty.times(len(x))))
         return {"uncond": torch.stack(found, 1)}
 
-    what = [dict(calm.model.scheduler.config), calm.sampler, calm.noises, *also]
+    what = [config_of(calm.model.scheduler), calm.sampler, calm.noises, *also]
     return cached(start, (folder or states.FOLDER) / "calm", what, calm.noises, predicted)["uncond"]
 
 
