@@ -15,6 +15,8 @@ from erasekit.evaluate import deployment, protocols, records, runs
 from erasekit.evaluate.deployment import Step
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.experiments import deployment as experiment
+from erasekit.figures import METHOD_NAMES
+from erasekit.paths import ROOT
 from erasekit.tokens import layout
 
 PROMPTS = ["a dog in ink style", "a dog in flat style"]
@@ -269,6 +271,9 @@ def test_the_curve_of_handovers(tmp_path):
     counts = curve.set_index(["first", "at"])["k"]
     assert counts["unedited", 0] == counts["edited", asked.steps] == 0
     assert counts["edited", 0] == counts["unedited", asked.steps] == 3
+    inpaint = deployment.steps("dog", "cat")["half of a picture of it painted anew"]
+    with pytest.raises(deployment.NoMeaning, match="4 or 9 channels, not of 16"):
+        drawn(inpaint, emoji, edit)
 
 
 # Prompts
@@ -455,3 +460,44 @@ def test_steps_of_sdxl(name):
     assert len(pictures) == 2 and unchanged(model, before)
     with edit.applied(model):
         assert not same(pictures, model.generate(PROMPTS, SEEDS, **SAMPLING | {"guidance": 5.0}))
+
+
+FORMS = ("bf16", "fp8", "int8", "int4", "int3")
+SAID = {  # rows of the README: steps
+    "averaged half and half with the unedited model": ["averaged with the unedited, 50% edited"],
+    "the same with a fine-tuned sibling of it": ["averaged with a fine-tuned sibling, half each"],
+    "added to that sibling by difference": ["added to a fine-tuned sibling, by difference"],
+    "an ordinary LoRA loaded into it": ["an ordinary LoRA loaded"],
+    "the first two of ten steps by an unedited base": ["first 2 of 10 steps unedited"],
+    "the last two of ten steps by an unedited refiner": ["first 8 of 10 steps edited, the rest not"],
+    "rounded to bf16, fp8, int8, int4, int3": [f"rounded to {form}" for form in FORMS],
+    '"cat" as the negative prompt': ["negative prompt: cat"],
+    "started from a picture of a dog, strength 0.3, 0.5, 0.7": [
+        f"from a picture of it, strength {one}" for one in (0.3, 0.5, 0.7)
+    ],
+}  # fmt: skip
+
+
+def test_the_readme_says_what_edits_survive():
+    table = (
+        (ROOT / "README.md").read_text().partition("\n| done to the edited model | ")[2].partition("\n\n")[0]
+    )
+    head, _, *rows = table.splitlines()
+    methods = {name: key for key, name in METHOD_NAMES.items()}
+    columns = [methods[one] for one in head.strip("| ").split(" | ")[:-1]]
+    results = {key: records.read(f"deployment_{key}_dog") for key in columns}
+    count = lambda key, step: next(
+        m.value["k"] for m in results[key].measurements if (m.step, m.measure) == (step, "target")
+    )
+    said = {row[0]: row[1:-1] for row in (line.strip("| ").split(" | ") for line in rows)}
+    assert said == {
+        label: [", ".join(str(count(key, step)) for step in steps) for key in columns]
+        for label, steps in SAID.items()
+    }
+    plain = [
+        m.value
+        for one in records.all_of("deployment").values()
+        for m in one.measurements
+        if m.measure == "target"
+    ]
+    assert {value["n"] for value in plain} == {50}
