@@ -124,7 +124,8 @@ def test_a_step_draws_otherwise_and_undoes_itself(name, model, tmp_path):
     assert unchanged(model, before)
     if "LoRA" not in name:  # stock diffusers wraps layers and unwraps them: equal, not the same
         assert same(first, drawn(step, model, edit))
-    assert not same(first, edited), "the step does nothing"
+    capitals = name.endswith("capitals")  # to CLIP's tokenizers the same tokens
+    assert same(first, edited) == capitals, "the step does nothing"
     assert not same(first, plain)
     assert same(plain, model.generate(PROMPTS, SEEDS, **SAMPLING))
 
