@@ -197,6 +197,13 @@ def test_unknown_changes_of_weights_are_refused(change, model):
         pass
 
 
+def test_weights_that_nothing_is_computed_with_are_not_rounded(model):
+    model.unet.fuse_qkv_projections()
+    for change in (deployment.rounded(model, "int4"), deployment.pruned(model, 0.5)):
+        with pytest.raises(ValueError, match="unfuse_qkv_projections"), change:
+            pass
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_strength_is_the_average_of_weights(share, model, edit):
     """For every kind of edit, whose change of a weight is linear in its strength."""

@@ -94,17 +94,16 @@ def rounded(model: DiffusionModel, form: str) -> Iterator[DiffusionModel]:
     """Inside the block the weights of the denoiser and the text encoders are those that a rounded model computes with.
 
     form: "bf16" and "fp8" (e4m3), every parameter cast there and back; "int8", "int4", "int3": weights of Linear and
-    Conv2d layers in groups of 32 along their inputs, each group's range in 2^bits equal steps.
+    Conv2d layers in groups of 32 along their inputs, each group's range in 2^bits equal steps. ValueError where these
+    are not the weights that the model computes with (`DiffusionModel.check_editable`).
     """
     if form not in FLOATS and form not in ("int8", "int4", "int3"):
         raise ValueError(f"unknown form {form!r}: choose bf16, fp8, int8, int4 or int3")
-    with _changed(
-        model,
-        (lambda one: one.to(FLOATS[form]).to(one.dtype))
-        if form in FLOATS
-        else lambda one: _whole(one, int(form[3:])),
-        everything=form in FLOATS,
-    ):
+    if form in FLOATS:
+        change = lambda one: one.to(FLOATS[form]).to(one.dtype)
+    else:
+        change = lambda one: _whole(one, int(form[3:]))
+    with _changed(model, change, everything=form in FLOATS):
         yield model
 
 
@@ -137,17 +136,12 @@ def pruned(model: DiffusionModel, share: float) -> Iterator[DiffusionModel]:
 def _changed(
     model: DiffusionModel, change: Callable[[Tensor], Tensor], everything: bool = False
 ) -> Iterator[None]:
+    model.check_editable()
     model.fingerprint()  # of the weights before they are changed
     modules = [model.denoiser, *model.text_encoders.values()]
+    layers = [one for module in modules for one in module.modules() if isinstance(one, nn.Linear | nn.Conv2d)]
     wanted = (
-        [p for module in modules for p in module.parameters()]
-        if everything
-        else [
-            layer.weight
-            for module in modules
-            for layer in module.modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d)
-        ]
+        [p for one in modules for p in one.parameters()] if everything else [one.weight for one in layers]
     )
     old = [(parameter, parameter.data) for parameter in wanted]
     try:
