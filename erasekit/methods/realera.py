@@ -211,7 +211,7 @@ def related(model: DiffusionModel, concept: Concept, count: int) -> list[tuple[s
     neither its name nor parts of it.
     """
     tokenizer = model.tokenizer
-    words = [as_text(tokenizer, [token]) for token in vocabulary(tokenizer).tolist()]
+    words = [as_text(tokenizer, [token]) for token in vocabulary([tokenizer]).tolist()]
     own = set(concept.name.lower().split())
     words = [word for word in dict.fromkeys(words) if word.isalpha() and len(word) > 2 and word not in own]
     rows = _last_rows(model, [concept.name, *words])
