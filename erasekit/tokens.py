@@ -29,6 +29,14 @@ def layout(tokenizer, contents: Sequence[Sequence[int | None]]) -> tuple[Tensor,
     return torch.tensor([[0 if one is None else one for one in row] for row in ids]), free
 
 
+def opened(tokenizer, text: str, phrase: str, count: int) -> list[int | None]:
+    """Token ids of the text with `count` free ones (None) in place of the phrase. ValueError where it is not there."""
+    before, found, after = text.partition(phrase)
+    if not found:
+        raise ValueError(f"{text!r} does not hold the phrase {phrase!r}")
+    return [*content_ids(tokenizer, before), *[None] * count, *content_ids(tokenizer, after)]
+
+
 def token_tables(encoders: Iterable[nn.Module]) -> Tensor:
     """The embedding (vocabulary, d) of every token that all text encoders know, theirs side by side, float32, without a
     gradient. The encoders of SDXL have the same tokens.

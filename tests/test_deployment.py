@@ -238,6 +238,14 @@ def test_a_lora_is_loaded_into_the_edited_model(model, edit, tmp_path):
     assert distance(drawn(step, model, edit), both.generate(PROMPTS, SEEDS, **SAMPLING)) <= 1
 
 
+def test_a_lora_that_is_already_there_is_not_taken_away(model, tmp_path):
+    step = Step("LoRA", "weights", deployment._with_lora, {"lora": lora_of(model, tmp_path)})
+    model.pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match="a LoRA or another adapter is loaded"):
+        drawn(step, model, None)
+    assert model.pipeline.get_list_adapters()
+
+
 # Handover
 
 

@@ -17,11 +17,10 @@ from PIL.Image import Image
 
 from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
-from erasekit.concepts import content_ids
 from erasekit.evaluate import runs
 from erasekit.models import DiffusionModel
 from erasekit.settings import check, chosen
-from erasekit.tokens import token_tables
+from erasekit.tokens import opened, token_tables
 from erasekit.training import constant, optimize
 from erasekit.tuning import frozen
 
@@ -80,10 +79,10 @@ def run(
         generator, depends=[phrase, *pictures, list(captions)], folder=folder, progress=progress,
     )  # fmt: skip
     shots = setting.shots
-    opened = lambda texts: common.slots(
-        model, lambda tokenizer: [_opened(tokenizer, text, phrase, config.tokens) for text in texts]
+    placed = lambda texts: common.slots(
+        model, lambda tokenizer: [opened(tokenizer, text, phrase, config.tokens) for text in texts]
     )
-    shown, wanted = opened(captions), opened([shot.prompt.text for shot in shots])
+    shown, wanted = placed(captions), placed([shot.prompt.text for shot in shots])
     clean = common.latents_of(model, pictures)
     table = token_tables(model.text_encoders.values())
     word = torch.nn.Module()
@@ -119,11 +118,3 @@ def run(
     records = setting.resumed([shot.key for shot in shots], runs.PIECE, look)
     each = config.updates * config.batch / len(shots)  # one word serves all attempts
     return setting.finished([one | {"unet": round(each), "text": round(each)} for one in records], rows.cpu())
-
-
-def _opened(tokenizer, text: str, phrase: str, tokens: int) -> list[int | None]:
-    """Token ids of the text with free ones in place of the phrase."""
-    before, found, after = text.partition(phrase)
-    if not found:
-        raise ValueError(f"{text!r} does not hold the phrase {phrase!r}")
-    return [*content_ids(tokenizer, before), *[None] * tokens, *content_ids(tokenizer, after)]

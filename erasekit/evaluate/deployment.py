@@ -24,12 +24,12 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image
 from torch import Tensor, nn
 
-from erasekit.concepts import content_ids, subject_span
+from erasekit.concepts import subject_span
 from erasekit.edits import Edit
 from erasekit.evaluate import metrics, runs
 from erasekit.evaluate.protocols import Protocol
 from erasekit.models import DiffusionModel
-from erasekit.tokens import embed, layout
+from erasekit.tokens import embed, layout, opened
 
 Group = Literal["weights", "sampler", "handover", "prompt", "picture"]
 GROUP_SIZE = 32  # weights that share a scale where they are rounded to whole numbers
@@ -178,7 +178,8 @@ def _merged(model, edit, prompts, seeds, *, scale, sibling=None, sibling_scale=0
 
 
 def _with_lora(model, edit, prompts, seeds, *, lora, **sampling):
-    """A LoRA loaded into the edited model, by stock diffusers."""
+    """A LoRA loaded into the edited model, by stock diffusers, and unloaded: none may be there already."""
+    model.check_editable()
     with applied(edit, model):
         model.pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
         try:
@@ -280,13 +281,8 @@ def _spared(model, edit, prompts, seeds, **sampling):
 
 def _learned(model, edit, prompts, seeds, *, phrases, rows, **sampling):
     """A word (tokens, d) in place of the phrase, as textual inversion of the unedited model learned it."""
-    around = [text.partition(phrase) for text, phrase in _found(prompts, phrases)]
-    laid = [
-        layout(one, [
-            [*content_ids(one, before), *[None] * len(rows), *content_ids(one, after)] for before, _, after in around
-        ])
-        for one in model.tokenizers
-    ]  # fmt: skip
+    found = _found(prompts, phrases)
+    laid = [layout(one, [opened(one, *held, len(rows)) for held in found]) for one in model.tokenizers]
     encoders, scale = list(model.text_encoders.values()), model.pipeline.vae_scale_factor
     with applied(edit, model), torch.no_grad():
         text = embed(encoders, laid, rows.repeat(len(prompts), 1).to(model.device), scale)
