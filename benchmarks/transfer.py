@@ -54,7 +54,7 @@ def main() -> None:
     asked, plain = ablation.protocol(given.concept), world.grid(template="a {}", styles=[given.style])
     made, found = EditMade.of(edit, METHODS[edit.metadata["method"]].PRESETS["emoji"]), []
     for name, one in ((None, model), ("tuned UNet", tuned)):
-        styled = world.judged(one, plain, progress=True)
+        styled = world.judged(one, plain, sampler=world.SAMPLER, steps=world.STEPS, progress=True)
         found.append(
             Measurement(
                 "drawn in the style",

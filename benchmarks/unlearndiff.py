@@ -19,6 +19,7 @@ import torch
 import erasekit as ek
 from erasekit.attacks import sees, unlearndiff
 from erasekit.attacks.common import Measure
+from erasekit.evaluate import runs, world
 from erasekit.evaluate.records import Result, save
 from erasekit.evaluate.runs import machine
 from erasekit.experiments import stages
@@ -51,7 +52,8 @@ def main() -> None:
     model = ek.load("emoji")
     victim = ek.uce.fit(model, "dog", ["cat", "horse", "fox"]).merged(model)
     staged = stages.stage("dog", given.attempts)
-    targets = model.generate(list(staged.prompts), seeds=list(staged.seeds))
+    with runs.sampled_by(model, world.SAMPLER):
+        targets = model.generate(staged.prompts, staged.seeds, world.STEPS)
     never = replace(sees("dog"), rule="any", threshold=2.0)
     config = replace(unlearndiff.PRESETS["emoji"], timesteps=(300, 700), updates=10, batch=given.attempts)
     everyone = list(range(given.attempts))

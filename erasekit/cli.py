@@ -63,7 +63,7 @@ def generate(
     seed: int = 0,
     model: Model = "emoji",
     edit: Annotated[Path | None, Parameter(help="An edit to apply, written by erase.")] = None,
-    steps: int = 25,
+    steps: Annotated[int | None, Parameter(help="Of the sampler; the model's own when not given.")] = None,
     guidance: Annotated[
         float | None, Parameter(help="3 for Stable Diffusion 1 and 2; else the pipeline's own.")
     ] = None,

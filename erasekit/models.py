@@ -107,6 +107,11 @@ class DiffusionModel:
         return self.pipeline.scheduler
 
     @property
+    def steps(self) -> int:
+        """Steps of a picture where the caller does not say: as many as a closed world's sampler needs, else 25."""
+        return worlds.STEPS.get(self.preset, 25)
+
+    @property
     def device(self) -> torch.device:
         return self.denoiser.device
 
@@ -259,7 +264,7 @@ class DiffusionModel:
         self,
         prompts: str | Sequence[str],
         seeds: Sequence[int] = (0,),
-        steps: int = 25,
+        steps: int | None = None,
         guidance: float | None = None,
         negative: str | None = None,
         batch_size: int | None = None,
@@ -279,8 +284,8 @@ class DiffusionModel:
         place of batch_size); otherwise another batch size rounds differently, which can move a pixel by one
         of 256 levels.
 
-        batch_size: the model's own when None. guidance: 3 when None. negative: what guidance steers away from, the
-        empty prompt by default. height, width: in pixels, the model's own size by default. callback: see
+        steps, batch_size: the model's own when None. guidance: 3 when None. negative: what guidance steers away from,
+        the empty prompt by default. height, width: in pixels, the model's own size by default. callback: see
         `sampling.walk`; the dict also has `first`, the index of the first picture of the batch. Raises ValueError for
         an empty or over-long prompt, for lengths that do not match and for a size that the model cannot draw.
 
@@ -289,6 +294,7 @@ class DiffusionModel:
         encoders cut off are said in its log.
         """
         prompts, seeds = self._pairs(prompts, seeds)
+        steps = self.steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
         batch_size = (self.batch_size if self.own_loop else 1) if batch_size is None else batch_size
@@ -335,7 +341,7 @@ class DiffusionModel:
         embeddings: Tensor | Conditioning,
         seeds: Sequence[int],
         *,
-        steps: int = 25,
+        steps: int | None = None,
         guidance: float = 3.0,
         uncond: Tensor | Conditioning | None = None,
         batch_size: int | None = None,
@@ -358,6 +364,7 @@ class DiffusionModel:
         self.check_drawn()
         embeddings = Conditioning(embeddings) if isinstance(embeddings, Tensor) else embeddings
         uncond = self.unconditional() if uncond is None else uncond
+        steps = self.steps if steps is None else steps
         uncond = Conditioning(uncond[None]) if isinstance(uncond, Tensor) else uncond
         if embeddings.rows.ndim != 3 or len(embeddings) != len(seeds):
             shape = tuple(embeddings.rows.shape)

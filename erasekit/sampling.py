@@ -18,13 +18,20 @@ def config_of(scheduler) -> dict:
     return {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
 
 
+def switched(scheduler, cls: type):
+    """A scheduler of another diffusers class with the same noise schedule. Where the old config does not say, latents
+    are not clipped: diffusers' own default is to clip them to [-1, 1], as pixels.
+    """
+    known = inspect.signature(cls).parameters
+    kept = {name: scheduler.config.get(name, False) for name in ("clip_sample", "set_alpha_to_one")}
+    return cls.from_config(scheduler.config, **{name: kept[name] for name in kept if name in known})
+
+
 def ddim(scheduler) -> DDIMScheduler:
     """A DDIM scheduler with the noise schedule of any diffusers scheduler: as many time steps as steps, and UNet inputs
     that are not rescaled. Training looks at x_t through it, whatever the model draws with.
     """
-    config = scheduler.config
-    kept = {name: config.get(name, False) for name in ("clip_sample", "set_alpha_to_one")}
-    return DDIMScheduler.from_config(config, **kept)
+    return switched(scheduler, DDIMScheduler)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def explore(
     interactive: bool = True,
     prompts: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1),
-    steps: int = 25,
+    steps: int | None = None,
     guidance: float = 3.0,
     on_change: bool = True,
 ) -> "VBox | Figure":
@@ -87,6 +87,7 @@ def explore(
         prompts: the columns of the figure; the panel starts from the first and suggests the others. When None, up to
             three names of what the edits erase and preserve.
         seeds: the panel starts from the first.
+        steps: the model's own when None.
         on_change: draw at every change; False waits for the button "Draw", for a model that takes long.
 
     Raises ValueError for an edit of another model and for drawing while an edit is applied to this one.
@@ -106,7 +107,7 @@ def explore(
             return model.generate(prompts, seeds=seeds, steps=steps, guidance=guidance)
 
     if interactive:
-        how = f"{steps} steps, guidance {guidance:g}"
+        how = f"{model.steps if steps is None else steps} steps, guidance {guidance:g}"
         return _panel(draw, edits, prompts, seeds[0], how, on_change)
     return _multiples(draw, edits, prompts, seeds)
 

@@ -16,6 +16,7 @@ from erasekit.concepts import Concept
 from erasekit.paths import EMOJI
 
 WORLDS = {"emoji": EMOJI}  # name -> folder; the name is also that of the methods' presets for it
+STEPS = {"emoji": 10}  # of the sampler in its model folder: benchmarks/samplers.py
 WORDS = "words.json"
 CHECKSUMS = "SHA256SUMS.json"
 

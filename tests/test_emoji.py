@@ -10,11 +10,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 import erasekit as ek
 from erasekit import training, worlds
-from erasekit.emoji import captions, clip, data, judge
+from erasekit.emoji import captions, clip, data, judge, train
 from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
 from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
 from erasekit.evaluate import metrics, world
@@ -22,6 +22,7 @@ from erasekit.experiments import regeneration
 from erasekit.experiments.regeneration import prompts_about, spread
 from erasekit.experiments.report import phrase_prompts, protocols, real_pictures
 from erasekit.paths import EMOJI, EMOJI_MODEL, RESULTS, ROOT
+from erasekit.sampling import config_of, ddim
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +222,25 @@ def test_stock_diffusers_draws_without_our_code(emoji):
     pipeline = StableDiffusionPipeline.from_pretrained(EMOJI_MODEL, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     stock = pipeline(
-        ["a dog in flat style"], num_inference_steps=25, guidance_scale=3.0, height=64, width=64,
+        ["a dog in flat style"], num_inference_steps=emoji.steps, guidance_scale=3.0, height=64, width=64,
         generator=[torch.Generator().manual_seed(3)],
     ).images  # fmt: skip
     ours = emoji.generate(["a dog in flat style"], seeds=[3])
     assert np.abs(np.asarray(stock[0], int) - np.asarray(ours[0], int)).max() <= 1
     assert judge.probabilities(stock)[0].argmax() == [c.name for c in data.concepts()].index("dog")
+
+
+def test_the_sampler_is_that_of_training_in_fewer_steps(emoji):
+    said_in = lambda config, scheduler: config_of(scheduler).items() <= config_of(config).items()
+    trained, drawn = train.new_scheduler(), train.drawing_scheduler()
+    assert said_in(emoji.scheduler, drawn) and type(emoji.scheduler) is type(drawn)
+    assert said_in(ddim(emoji.scheduler), trained)
+    assert not said_in(ddim(DPMSolverMultistepScheduler()), trained)  # control: another noise schedule
+    few, more = (
+        emoji.generate(["a dog in flat style"], [3], steps) for steps in (emoji.steps, emoji.steps + 1)
+    )
+    assert np.array_equal(emoji.generate(["a dog in flat style"], [3])[0], few[0])
+    assert not np.array_equal(few[0], more[0])  # control
 
 
 def test_tokenizer_has_words_of_several_pieces(emoji):
@@ -286,7 +300,7 @@ def test_judged_resumes_and_counts_applied_edits(emoji, tmp_path, monkeypatch):
     assert not first.probability.equals(edited.probability)
     monkeypatch.setattr(emoji, "draw", lambda *_, **__: pytest.fail("drawn again"))
     assert world.judged(emoji, prompts, [0, 1], steps=4, folder=tmp_path).equals(first)
-    asked = world.protocol(prompts, [0, 1], steps=4).short
+    asked = world.protocol(prompts, [0, 1], sampler=type(emoji.scheduler).__name__, steps=4).short
     assert list(world.counts({"once more": first})["protocol"]) == [asked]
 
 

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import LENGTH, WIDTH, tiny_pipeline
-from diffusers import EulerAncestralDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
@@ -20,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 import erasekit as ek
 from erasekit import concepts, models, worlds
 from erasekit.concepts import Concept, as_concepts
+from erasekit.evaluate.runs import sampled_by
 
 PROMPTS = ["a church in flat style", "a dog", "garbage in ink style", "a castle", "a house"]
 SEEDS = [3, 1, 4, 1, 5]
@@ -110,6 +117,23 @@ def test_zip_and_broadcast(shared_model):
     assert len(shared_model.generate(["a dog", "a church"], steps=2)) == 2
     with pytest.raises(ValueError, match="2 prompts and 3 seeds"):
         shared_model.generate(["a dog", "a church"], seeds=[0, 1, 2])
+
+
+def test_another_sampler_does_not_clip_latents(shared_model, monkeypatch):
+    """A pipeline saved with a scheduler that knows no `clip_sample`, in front of one that clips unless it is told."""
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    plain = DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=False)
+    saved = DPMSolverMultistepScheduler(**noise)
+    how = {"prompts": PROMPTS, "seeds": SEEDS, "steps": 4}
+
+    def drawn(scheduler):
+        monkeypatch.setattr(shared_model.pipeline, "scheduler", scheduler)
+        with sampled_by(shared_model, "DDIMScheduler"):
+            return [np.asarray(picture) for picture in shared_model.generate(**how)]
+
+    assert all(map(np.array_equal, drawn(saved), drawn(plain)))
+    clipping = DDIMScheduler.from_config(saved.config)  # control: what diffusers makes of it
+    assert not all(map(np.array_equal, drawn(clipping), drawn(plain)))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

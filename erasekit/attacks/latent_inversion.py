@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
 from PIL.Image import Image
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from erasekit.attacks import common
 from erasekit.attacks.common import AttackResult, Measure
 from erasekit.conditioning import Conditioning, predict
 from erasekit.models import DiffusionModel
+from erasekit.sampling import ddim
 from erasekit.settings import check, chosen
 
 
@@ -50,7 +50,7 @@ PRESETS = {"emoji": Config(steps=25, guidance=3.0), "sd14": Config()}  # ours
 
 def levels(model: DiffusionModel, steps: int) -> list[tuple[int, float, float]]:
     """(t, a_t, a_p) of each DDIM step, in the order of drawing: high noise first."""
-    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler = ddim(model.scheduler)
     if scheduler.config.prediction_type != "epsilon":
         raise ValueError("latent inversion is written for models that predict the noise (epsilon)")
     scheduler.set_timesteps(steps)

@@ -15,7 +15,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -27,6 +33,7 @@ from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
 from erasekit.models import DiffusionModel, drop_origin
 from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_JUDGE, EMOJI_MODEL, replacing
+from erasekit.sampling import config_of
 from erasekit.training import CHECKPOINTS, begin_of, optimize
 
 
@@ -367,6 +374,12 @@ def new_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
+def drawing_scheduler() -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ 2M on the same noise schedule, with the fields that turn it back into the scheduler of training."""
+    given = config_of(new_scheduler())
+    return DPMSolverMultistepScheduler.from_config(given)
+
+
 def new_unet() -> UNet2DConditionModel:
     """17 M parameters on 8 x 8 x 16 latents, cross-attention at both resolutions and in between."""
     return UNet2DConditionModel(
@@ -471,7 +484,7 @@ def save_pipeline() -> None:
         text_encoder=CLIPTextModel.from_pretrained(EMOJI_MODEL / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(EMOJI_MODEL / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(EMOJI_MODEL / "unet"),
-        scheduler=new_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=drawing_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     DiffusionModel(pipeline.to(torch.float16), "emoji").save_pretrained(EMOJI_MODEL)
 

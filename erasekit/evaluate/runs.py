@@ -46,7 +46,7 @@ from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.evaluate.records import EditMade, Result, measurements, shown
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing, write_atomically
-from erasekit.sampling import config_of
+from erasekit.sampling import config_of, switched
 
 if TYPE_CHECKING:
     from erasekit.evaluate.deployment import Step
@@ -421,7 +421,7 @@ def sampled_by(model: DiffusionModel, name: str) -> Iterator[None]:
     cls = getattr(diffusers, name, None)
     if cls is None or not hasattr(cls, "from_config"):
         raise ValueError(f"diffusers has no sampler {name!r}")
-    model.pipeline.scheduler = cls.from_config(scheduler.config)
+    model.pipeline.scheduler = switched(scheduler, cls)
     try:
         yield
     finally:

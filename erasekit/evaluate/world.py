@@ -16,7 +16,7 @@ from erasekit.evaluate.records import ORIGINAL, EditMade, Result, measurements
 from erasekit.evaluate.runs import machine
 from erasekit.models import DiffusionModel
 
-STEPS, GUIDANCE = 25, 3.0
+SAMPLER, STEPS, GUIDANCE = "DDIMScheduler", 25, 3.0  # of everything that is measured
 
 
 def grid(
@@ -30,7 +30,12 @@ def grid(
 
 
 def protocol(
-    prompts: Sequence[Prompt], seeds: Sequence[int] = (0,), *, steps: int = STEPS, guidance: float = GUIDANCE
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int] = (0,),
+    *,
+    sampler: str = SAMPLER,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
 ) -> Protocol:
     """A protocol made up for these prompts: does the judge see their concepts and styles?"""
     measures = (
@@ -38,7 +43,7 @@ def protocol(
         Measure("styles", ("",), "emoji-style", asked="style"),
     )
     plain = tuple(replace(prompt, role="") for prompt in prompts)
-    return Protocol("judged", plain, measures, tuple(seeds), steps=steps, guidance=guidance)
+    return Protocol("judged", plain, measures, tuple(seeds), sampler, steps, guidance)
 
 
 def judged(
@@ -46,7 +51,8 @@ def judged(
     prompts: Sequence[Prompt],
     seeds: Sequence[int] = (0,),
     *,
-    steps: int = STEPS,
+    sampler: str | None = None,
+    steps: int | None = None,
     guidance: float = GUIDANCE,
     attack: torch.Tensor | None = None,
     folder: Path = runs.RUNS,
@@ -59,7 +65,13 @@ def judged(
     where it stopped, a repeated one draws nothing. Applied edits count. The protocol's name and hash are in the
     table's `attrs["protocol"]`.
     """
-    asked = protocol(prompts, seeds, steps=steps, guidance=guidance)
+    asked = protocol(
+        prompts,
+        seeds,
+        sampler=sampler or type(model.scheduler).__name__,
+        steps=steps or model.steps,
+        guidance=guidance,
+    )
     done = runs.run(model, None, asked, attack=attack, folder=folder, progress=progress)
     first = lambda record: max(record, key=record.get)
     table = pd.DataFrame(
@@ -162,7 +174,7 @@ def measure(
     named = model.concepts(edit.metadata["concepts"]["erase"])
     erased = [concept.name for concept in named]
     prompts = whole_world(erased, target_pictures)
-    draw = lambda: judged(model, prompts, progress=progress)
+    draw = lambda: judged(model, prompts, sampler=SAMPLER, steps=STEPS, progress=progress)
     before = draw()
     with edit.applied(model):
         after = draw()

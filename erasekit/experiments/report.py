@@ -18,7 +18,7 @@ import torch
 from erasekit.emoji import clip, data, judge
 from erasekit.emoji.pictures import Placement, load_sprites, place
 from erasekit.emoji.train import JUDGE_PLACEMENT, degrade
-from erasekit.evaluate import world
+from erasekit.evaluate import runs, world
 from erasekit.evaluate.metrics import rate
 from erasekit.models import DiffusionModel, load
 from erasekit.paths import EMOJI, write_atomically
@@ -78,7 +78,9 @@ def variety(model: DiffusionModel, count: int = 60, copies: int = 24) -> dict[st
     generator = torch.Generator().manual_seed(HELD_OUT_SEED + 1)
     prompts = world.grid()
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:count].tolist()]
-    a, b = (clip.to_tensor(model.generate([p.text for p in chosen], seeds=[seed])) / 2 for seed in (0, 1))
+    a, b = (
+        clip.to_tensor(model.generate([p.text for p in chosen], [seed], world.STEPS)) / 2 for seed in (0, 1)
+    )
     sprites, names = load_sprites(), [c.name for c in data.concepts()]
     distance = lambda x, y: (x - y).square().mean((-3, -2, -1)).sqrt()
     nearest = []
@@ -98,7 +100,7 @@ def speed(model: DiffusionModel, repeats: int = 3) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        model.generate(prompts, seeds=range(16))
+        model.generate(prompts, range(16), world.STEPS)
         times.append(time.perf_counter() - start)
     return round(float(np.median(times)), 2)
 
@@ -118,7 +120,14 @@ def protocols(seeds: int = SEEDS) -> dict[str, str]:
 def measure(seeds: int = SEEDS, progress: bool = True) -> dict:
     """The whole report."""
     model = load("emoji")
-    draw = lambda prompts, seeds=1: world.judged(model, prompts, seeds=range(seeds), progress=progress)
+    with runs.sampled_by(model, world.SAMPLER):
+        return _measured(model, seeds, progress)
+
+
+def _measured(model: DiffusionModel, seeds: int, progress: bool) -> dict:
+    draw = lambda prompts, seeds=1: world.judged(
+        model, prompts, range(seeds), sampler=world.SAMPLER, steps=world.STEPS, progress=progress
+    )
     generated = draw(world.grid(), seeds)
     per_concept = (generated.shown == generated.concept).groupby(generated.concept).mean()
     seen_as = pd.crosstab(generated["style"], generated.drawn_style, normalize="index").round(3)

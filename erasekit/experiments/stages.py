@@ -18,7 +18,7 @@ from erasekit.attacks import ATTACKS
 from erasekit.attacks.common import AttackResult, Measure, sees
 from erasekit.emoji import data
 from erasekit.emoji.pictures import Placement, load_sprites, place
-from erasekit.evaluate import world
+from erasekit.evaluate import runs, world
 from erasekit.models import DiffusionModel
 
 
@@ -76,7 +76,8 @@ class Stage:
     def _targets(self, run, original: DiffusionModel) -> list[Image]:
         if run.__module__.endswith("latent_inversion"):
             return real(self.shown, torch.Generator().manual_seed(11))
-        return original.generate(list(self.prompts), seeds=list(self.seeds), **_sampling())
+        with runs.sampled_by(original, world.SAMPLER):
+            return original.generate(self.prompts, self.seeds, world.STEPS, world.GUIDANCE)
 
     def _captioned(self, run) -> tuple[list[Image], list[str]]:
         styles = [self.concept] if self.concept in data.STYLES else list(data.STYLES)
@@ -99,10 +100,6 @@ class Stage:
 
 def world_prompt(name: str, style: str) -> str:
     return f"a {name} in {style} style"
-
-
-def _sampling() -> dict:
-    return {"steps": world.STEPS, "guidance": world.GUIDANCE}
 
 
 def real(asked: Sequence[tuple[str, str]], generator: torch.Generator) -> list[Image]:

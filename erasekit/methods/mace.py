@@ -221,8 +221,8 @@ def shown(
     own = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with record_attention(model.unet) as maps:
         latents = denoise(
-            model.unet, model.scheduler, model.conditioning(prompts), model.unconditional().times(len(prompts)), own,
-            steps=config.sampler, guidance=config.guidance, size=size,
+            model.unet, ddim(model.scheduler), model.conditioning(prompts), model.unconditional().times(len(prompts)),
+            own, steps=config.sampler, guidance=config.guidance, size=size,
         )  # fmt: skip
     phrase, marked = (
         torch.stack([columns(model.tokenizer, template, concept.name, ends) for template in templates])
