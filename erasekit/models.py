@@ -533,7 +533,7 @@ class DiffusionModel:
         self.check_editable()
         with quietly():
             self.pipeline.save_pretrained(folder, safe_serialization=True)
-        drop_origin(folder)
+        tidy_configs(folder)
         write_old_names(folder)
         (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
 
@@ -603,12 +603,15 @@ def write_old_names(folder: str | Path) -> None:
             model.save(str(file.parent))
 
 
-def drop_origin(folder: str | Path) -> None:
-    """Forget in each config below a folder where it was read from: that path means nothing elsewhere."""
+def tidy_configs(folder: str | Path) -> None:
+    """Leave out of each config below a folder where it was read from, which means nothing elsewhere, and minus
+    infinity, diffusers' default for `lambda_min_clipped`: it is no JSON, and readers other than Python's fail.
+    """
     for file in Path(folder).rglob("*.json"):
         config = json.loads(file.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            write_atomically(file, json.dumps(config, indent=2) + "\n")
+        kept = {k: v for k, v in config.items() if k != "_name_or_path" and v != float("-inf")}
+        if kept != config:
+            write_atomically(file, json.dumps(kept, indent=2) + "\n")
 
 
 def _padded(rows: Tensor, size: int | None) -> Tensor:

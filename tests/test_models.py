@@ -1,5 +1,6 @@
 """Loading, generating and encoding on tiny pipelines of the real classes."""
 
+import functools
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ import erasekit as ek
 from erasekit import concepts, models, worlds
 from erasekit.concepts import Concept, as_concepts
 from erasekit.evaluate.runs import sampled_by
+from erasekit.sampling import config_of
 
 PROMPTS = ["a church in flat style", "a dog", "garbage in ink style", "a castle", "a house"]
 SEEDS = [3, 1, 4, 1, 5]
@@ -335,6 +337,20 @@ def test_saved_and_loaded_from_disk(shared_model, tmp_path):
     assert largest_difference(loaded.generate(PROMPTS, SEEDS, steps=3), pictures) == 0
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "tiny", safety_checker=None)
     assert largest_difference(ek.load(stock).generate(PROMPTS, SEEDS, steps=3), pictures) == 0
+
+
+def test_a_saved_folder_holds_json_alone(tmp_path):
+    """No -Infinity, as diffusers writes it for DPM-Solver: json reads it, other languages do not."""
+    pipeline, strict = tiny_pipeline(), functools.partial(json.loads, parse_constant=pytest.fail)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    models.DiffusionModel(pipeline).save_pretrained(tmp_path / "ours")
+    for file in (tmp_path / "ours").rglob("*.json"):
+        strict(file.read_text())
+    loaded = ek.load(tmp_path / "ours", device="cpu").scheduler
+    assert config_of(pipeline.scheduler).items() <= config_of(loaded).items()
+    pipeline.scheduler.save_pretrained(tmp_path / "stock")
+    with pytest.raises(pytest.fail.Exception, match="-Infinity"):  # control
+        strict((tmp_path / "stock" / "scheduler_config.json").read_text())
 
 
 def test_half_precision_on_disk_is_single_in_memory(tmp_path):

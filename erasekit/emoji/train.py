@@ -31,7 +31,7 @@ from erasekit.emoji import captions, data
 from erasekit.emoji.clip import load_clip, text_features
 from erasekit.emoji.judge import Judge
 from erasekit.emoji.pictures import SIZE, Placement, load_sprites, place
-from erasekit.models import DiffusionModel, drop_origin
+from erasekit.models import DiffusionModel, tidy_configs
 from erasekit.paths import EMOJI, EMOJI_CLIP, EMOJI_JUDGE, EMOJI_MODEL, replacing
 from erasekit.sampling import config_of
 from erasekit.training import CHECKPOINTS, begin_of, optimize
@@ -474,7 +474,7 @@ def train_unet(steps: int = 5000, begin: int = 0, size: int = 48, copies: int = 
 def save_part(part: torch.nn.Module, name: str) -> None:
     """One trained part into its folder of the pipeline, in half precision."""
     part.half().save_pretrained(EMOJI_MODEL / name)
-    drop_origin(EMOJI_MODEL / name)
+    tidy_configs(EMOJI_MODEL / name)
 
 
 def save_pipeline() -> None:
