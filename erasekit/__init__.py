@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from erasekit import attacks, closed_form, evaluate, experiments
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import adavd, advunlearn, dp, esd, mace, realera, rece, semantic_surgery, trce, uce
+    from erasekit.methods import (
+        adavd,
+        advunlearn,
+        dp,
+        esd,
+        mace,
+        realera,
+        rece,
+        safree,
+        semantic_surgery,
+        trce,
+        uce,
+    )
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -45,6 +57,7 @@ __all__ = [
     "dp",
     "adavd",
     "semantic_surgery",
+    "safree",
 ]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
@@ -63,6 +76,7 @@ _HOME = {
     "dp": "erasekit.methods",
     "adavd": "erasekit.methods",
     "semantic_surgery": "erasekit.methods",
+    "safree": "erasekit.methods",
 }
 
 

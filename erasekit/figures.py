@@ -37,6 +37,7 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "dp": "DP",
     "adavd": "AdaVD",
     "semantic_surgery": "Semantic Surgery",
+    "safree": "SAFREE",
 }
 METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
     "original": "#4d4d4d",
@@ -50,6 +51,7 @@ METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same 
     "dp": "#949494",
     "adavd": "#fbafe4",
     "semantic_surgery": "#8c6bb1",
+    "safree": "#ece133",
 }
 METHOD_MARKERS = {
     "original": "o",
@@ -63,6 +65,7 @@ METHOD_MARKERS = {
     "dp": "h",
     "adavd": "p",
     "semantic_surgery": "d",
+    "safree": "<",
 }
 
 

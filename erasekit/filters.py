@@ -88,7 +88,55 @@ def semantic_surgery(
     return (e - scale * strength * rho * (which @ de.flatten(1)).view_as(e)).to(states.dtype)
 
 
-FORMULAS = {"adavd": "attention_filter", "semantic_surgery": "prompt_filter"}
+def safree(
+    states: Tensor, masked: Tensor, real: Tensor, concepts: Tensor, *, alpha: float, scale: float = 1.0
+) -> Tensor:
+    """SAFREE: states (n, length, d) of which the rows of flagged tokens are projected twice,
+
+        e_i <- e_i + scale ((I - P_C) P_I e_i - e_i)
+        where  ||(I - P_C) p_i|| >= (1 + alpha) mean over j != i of ||(I - P_C) p_j||
+
+    masked: p (n, length, d), the pooled prompt without token i; real: (n, length), tokens that are no start, end or
+    padding; P_C, P_I: projections onto the spans of concepts (m, d) and of a prompt's p. No token is flagged alone.
+    """
+    wide = torch.promote_types(states.dtype, torch.float32)
+    e, p, c = states.to(wide), masked.to(wide) * real[..., None], concepts.to(states.device, wide)
+    leave = torch.eye(e.shape[-1], device=e.device, dtype=wide) - torch.linalg.pinv(c) @ c
+    away = (p @ leave).norm(dim=-1)
+    count = real.sum(1, keepdim=True)
+    flagged = real & (count > 1) & (away * (count - 1) >= (1 + alpha) * (away.sum(1, keepdim=True) - away))
+    moved = e @ (torch.linalg.pinv(p) @ p) @ leave
+    return torch.where(flagged[..., None], e + scale * (moved - e), e).to(states.dtype)
+
+
+@torch.no_grad()
+def without_each(encoder: nn.Module, ids: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """Pooled prompts (n, length, d) without each of their tokens, which no token attends to then, and which tokens are
+    `real` (n, length), as `safree` takes both. end: the end token, whose first row is the pooled prompt; ValueError
+    where it is missing.
+    """
+    if not (ids == end).any(1).all():
+        raise ValueError(
+            "this prompt filter looks for the end token, and a prompt has none: pad it to the limit"
+        )
+    last = (ids == end).int().argmax(1)
+    places = torch.arange(ids.shape[1], device=ids.device)
+    real = (places > 0) & (places < last[:, None])
+    rows, found = torch.arange(len(ids), device=ids.device), {}
+    for i in range(1, int(last.max())):
+        seen = (places != i).int().expand_as(ids)
+        found[i] = encoder.forward(ids, attention_mask=seen)[0][
+            rows, last
+        ]  # not encoder(): that calls the filter
+    none = torch.zeros(len(ids), encoder.config.hidden_size, device=ids.device, dtype=encoder.dtype)
+    return torch.stack([found.get(i, none) for i in places.tolist()], 1), real
+
+
+FORMULAS = {
+    "adavd": "attention_filter",
+    "semantic_surgery": "prompt_filter",
+    "safree": "prompt_filter",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +153,7 @@ class Filter:
         rows = self.tensors["concepts"].to(layer.weight)
         return adavd(output, rows @ layer.weight.T, **self._given)
 
-    def on_states(self, encoder: nn.Module, args: tuple, output):
+    def on_states(self, encoder: nn.Module, args: tuple, kwargs: dict, output):
         """Of a text encoder: another last hidden state."""
         states, *more = output.to_tuple() if hasattr(output, "to_tuple") else output
         if any(isinstance(one, tuple) for one in more):
@@ -113,7 +161,13 @@ class Filter:
                 "a prompt filter changes the last hidden state, and earlier ones are asked for: leave out clip_skip "
                 "and output_hidden_states"
             )
-        states = semantic_surgery(states, **self.tensors, **self._given)
+        if self.settings["formula"] == "semantic_surgery":
+            states = semantic_surgery(states, **self.tensors, **self._given)
+        else:
+            given = self._given
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            masked, real = without_each(encoder, ids, given.pop("end"))
+            states = safree(states, masked, real, self.tensors["concepts"], **given)
         if not hasattr(output, "to_tuple"):
             return (states, *more)
         return type(output)(**{**output, "last_hidden_state": states})
@@ -173,7 +227,7 @@ def installed(kind: str, one: Filter, pipeline) -> Iterator[None]:
     with ExitStack() as stack:
         keep = lambda handle: stack.callback(handle.remove)
         if kind == "prompt_filter":
-            keep(module.register_forward_hook(one.on_states))
+            keep(module.register_forward_hook(one.on_states, with_kwargs=True))
         else:
             for attention in cross_attention(module).values():
                 keep(attention.register_forward_pre_hook(_begins))

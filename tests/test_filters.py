@@ -12,7 +12,7 @@ from peft import LoraConfig
 from test_attacks import DARK, Brightness, short
 
 import erasekit as ek
-from erasekit import edits, filters
+from erasekit import cli_methods, edits, filters
 from erasekit.attacks import fine_tuning, unlearndiff
 from erasekit.attacks.common import sees
 from erasekit.edits import Edit
@@ -21,7 +21,7 @@ from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 
 judges.register(Brightness())
 PROMPTS = ["a church in flat style", "a dog"]
-MAKERS = {"attention_filter": ek.adavd, "prompt_filter": ek.semantic_surgery}
+MAKERS = {"attention_filter": ek.adavd, "prompt_filter": ek.semantic_surgery}  # one of each kind
 both = pytest.mark.parametrize("kind", MAKERS)
 
 
@@ -407,6 +407,27 @@ def test_a_fine_tuned_victim_keeps_its_filter(quiet, kind, tmp_path):
             folder=tmp_path / "attacks", **given,
         )  # fmt: skip
     assert len(result.attempts) == 2 and hooks(quiet) == 0
+
+
+@both
+def test_the_command_line_attacks_a_model_with_the_filter_on(quiet, kind, tmp_path, monkeypatch):
+    """Other edits are merged into the victim, which a filter cannot be."""
+    seen, edit = [], made(quiet, kind)
+    edit.save(tmp_path / "filter.safetensors")
+
+    def attack(name, victim, original, *args, **kwargs):
+        seen.extend([victim.edits_in_force(), original.edits_in_force(), hooks(victim) > 0])
+        raise InterruptedError
+
+    monkeypatch.setattr(ek, "load", lambda name: quiet)
+    monkeypatch.setattr(cli_methods.stages, "attack", attack)
+    monkeypatch.setattr(cli_methods.stages, "stage", lambda *args: None)
+    with pytest.raises(InterruptedError):
+        out = tmp_path / "result.json"
+        cli_methods._attack(
+            "unlearndiff", unlearndiff, {}, "church", out, tmp_path / "filter.safetensors", False, 2
+        )
+    assert seen == [[edit.digest], [], True]
 
 
 @both
