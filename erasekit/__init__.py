@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from erasekit import attacks, closed_form, evaluate, experiments
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import advunlearn, dp, esd, mace, realera, rece, trce, uce
+    from erasekit.methods import (
+        adavd,
+        advunlearn,
+        dp,
+        esd,
+        mace,
+        realera,
+        rece,
+        safree,
+        semantic_surgery,
+        trce,
+        uce,
+    )
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -43,6 +55,9 @@ __all__ = [
     "trce",
     "advunlearn",
     "dp",
+    "adavd",
+    "semantic_surgery",
+    "safree",
 ]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
@@ -59,6 +74,9 @@ _HOME = {
     "realera": "erasekit.methods",
     "advunlearn": "erasekit.methods",
     "dp": "erasekit.methods",
+    "adavd": "erasekit.methods",
+    "semantic_surgery": "erasekit.methods",
+    "safree": "erasekit.methods",
 }
 
 

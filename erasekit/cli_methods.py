@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -13,6 +14,7 @@ import torch
 from cyclopts import App, Parameter
 
 import erasekit as ek
+from erasekit import filters
 from erasekit.attacks import ATTACKS
 from erasekit.attacks.common import unknowing
 from erasekit.evaluate import metrics, records, world
@@ -171,13 +173,15 @@ def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
     original, loaded = ek.load("emoji"), ek.Edit.load(edit) if edit else None
     if control and loaded:
         raise ValueError("give --control or --edit, not both")
-    victim = loaded.merged(original) if loaded else original.copy()
+    filtered = loaded is not None and loaded.kind in filters.KINDS  # in no weight that could be merged
+    victim = loaded.merged(original) if loaded and not filtered else original.copy()
     if control:
         victim = unknowing(original, torch.Generator().manual_seed(0))
     config = configured(chosen(module.PRESETS, original, None, "sd14"), given)
-    result = stages.attack(
-        name, victim, original, stages.stage(concept, attempts), config=config, progress=True
-    )
+    with loaded.applied(victim) if filtered else nullcontext():
+        result = stages.attack(
+            name, victim, original, stages.stage(concept, attempts), config=config, progress=True
+        )
     words = [
         name,
         json.dumps(concept),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,14 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from erasekit import __version__, checkpoints, models
+from erasekit import __version__, checkpoints, filters, models
 from erasekit.closed_form import ContextMap
+from erasekit.filters import FilterKind
 from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
 from erasekit.models import DiffusionModel
 from erasekit.paths import named_safetensors, replacing
 from erasekit.text_entries import TextEntry
 
-Kind = Literal["context_map", "text_maps", "weight_delta", "text_encoder"]
+Kind = Literal["context_map", "text_maps", "weight_delta", "text_encoder", FilterKind]
 FORMAT = 1
 
 
@@ -36,8 +37,10 @@ class Edit:
     columns of them that the map acts on}. kind "weight_delta": {parameter name, with the
     pipeline part in front: tensor of the parameter's shape}, added to it; with `left` and `right` beside them the
     map comes first, as in an edit of two stages. kind "text_encoder": the same for
-    parameters of the text encoder alone; it may be applied to any model with that text encoder. The tensors are
-    on the CPU and are exactly what `save` writes, so pictures are the same before and after saving.
+    parameters of the text encoder alone; it may be applied to any model with that text encoder. kinds
+    "prompt_filter" and "attention_filter" change no weight: see `filters`; metadata `filter` says {formula: its
+    name, and its settings}; a prompt_filter may be applied where a "text_encoder" may. The tensors are on the CPU
+    and are exactly what `save` writes, so pictures are the same before and after saving.
 
     metadata: method, config, concepts, base (fingerprint of the model it was made for), text_base (the same of its
     text encoder), source (where that model came from), versions, license.
@@ -54,6 +57,8 @@ class Edit:
             other := [n for n in self.tensors if not n.startswith("text_encoder.")]
         ):
             raise ValueError(f"{other[0]} is not in the text encoder: use the kind weight_delta")
+        if self.kind in filters.KINDS:
+            filters.check(self.kind, self.metadata.get("filter"))
         for name, tensor in self.tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(
@@ -111,6 +116,15 @@ class Edit:
         in_text = bool(tensors) and all(name.startswith("text_encoder.") for name in tensors)
         return cls("text_encoder" if in_text else "weight_delta", tensors, _metadata(model, metadata))
 
+    @classmethod
+    def from_filter(
+        cls, tensors: Mapping[str, Tensor], settings: Mapping, model: DiffusionModel, **metadata
+    ) -> "Edit":
+        """settings: `formula`, one of `filters.FORMULAS`, which tells the kind, and the formula's own."""
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+        kind = filters.FORMULAS[settings["formula"]]
+        return cls(kind, tensors, _metadata(model, {**metadata, "filter": dict(settings)}))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
@@ -140,8 +154,12 @@ class Edit:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of kind, base and tensors: equal for edits that do the same to the same model."""
+        """SHA-256 of kind, base and tensors, and a filter's settings: equal for edits that do the same to the same
+        model.
+        """
         digest = hashlib.sha256(f"{self.kind} {self.metadata['base']}\n".encode())
+        if self.kind in filters.KINDS:
+            digest.update(json.dumps(self.metadata["filter"], sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
@@ -157,6 +175,8 @@ class Edit:
             extent += [
                 f"rank {one.rank} of {one.d} at {name.partition('.')[2]}" for name, one in self.maps.items()
             ]
+        if self.kind in filters.KINDS:
+            extent.append(filters.said(self.metadata["filter"]))
         if deltas := len(self._deltas):
             extent.append(f"{deltas} tensors")
         return (
@@ -167,29 +187,32 @@ class Edit:
     @contextmanager
     def applied(self, model: DiffusionModel, scale: float = 1.0) -> Iterator[DiffusionModel]:
         """Apply inside a `with` block; on exit the very same original tensors are back, also after an
-        exception. Every weight is read back after it was written.
+        exception, and no hook of a filter is left. Every weight is read back after it was written.
 
         scale: strength, 1 as fitted, 0 nothing. Blocks may be nested: the inner edit acts on the weights that
-        the outer one left. ValueError, with nothing changed, when the model is not the one the edit was made
-        for, or where its weights are not those it computes with (`DiffusionModel.check_editable`); at the end
-        of the block, with the weights put back, when projections were fused inside it.
+        the outer one left; a filter acts on what they give, whichever is outside. ValueError, with nothing changed,
+        when the model is not the one the edit was made for, where its weights are not those it computes with
+        (`DiffusionModel.check_editable`), and for a filter of a compiled part; at the end of the block, with the
+        weights put back, when projections were fused or a filter's part was compiled inside it.
         """
         self._check_base(model)
         new = self._edited(model, scale)
         old = [(parameter, parameter.data) for parameter, _ in new]
-        model._active.append((self, scale))
-        try:
-            _write_values(new)
-            yield model
-        finally:
-            # .to() is the tensor itself unless the model was moved inside the block
-            for parameter, value in old:
-                parameter.data = value.to(parameter.device, parameter.dtype)
-            model._active.pop()
+        with self._filter(model, scale):
+            model._active.append((self, scale))
+            try:
+                _write_values(new)
+                yield model
+            finally:
+                # .to() is the tensor itself unless the model was moved inside the block
+                for parameter, value in old:
+                    parameter.data = value.to(parameter.device, parameter.dtype)
+                model._active.pop()
         check_unfused(model.denoiser)  # what was fused inside the block keeps the edit
 
     def merged(self, model: DiffusionModel, scale: float = 1.0) -> DiffusionModel:
-        """A new model with the edit folded into its weights; `model` is left alone."""
+        """A new model with the edit folded into its weights; `model` is left alone. ValueError for a filter."""
+        self._check_weights("merged")
         self._check_base(model)
         merged = model.copy()
         _write_values(self._edited(merged, scale))
@@ -200,6 +223,8 @@ class Edit:
 
         Context maps multiply, W' = (W T_self) T_other; deltas add. ValueError for different bases or kinds.
         """
+        self._check_weights("compose")
+        other._check_weights("compose")
         of = "text_base" if self.kind == other.kind == "text_encoder" else "base"
         if self.metadata[of] != other.metadata[of]:
             raise ValueError(
@@ -232,6 +257,7 @@ class Edit:
         edit of the text encoder fits already. ValueError for another text encoder, for parameters that are not there,
         and for a text_maps edit, which may read several encoders.
         """
+        self._check_weights("rebased")
         model.check_fit()
         if self.kind == "text_maps":
             raise ValueError("a text_maps edit belongs to the model that it was fitted for: fit again")
@@ -310,6 +336,7 @@ class Edit:
         at hand, for a delta of something other than a Linear of the denoiser, and for a pipeline that reads no LoRA
         (PixArt).
         """
+        self._check_weights("to_lora")
         model = self._base(model)
         if not hasattr(model.pipeline, "load_lora_weights"):
             raise ValueError(
@@ -334,6 +361,7 @@ class Edit:
         the text embeddings tells it. ValueError for what `to_lora` refuses, for changed biases, and for other
         denoisers than the UNets of Stable Diffusion 1, 2 and XL.
         """
+        self._check_weights("to_kohya")
         model, path = self._base(model), named_safetensors(path)
         factors, biases = self._factors(model, error)
         if biases:
@@ -359,6 +387,7 @@ class Edit:
         holds: convolutions, biases, full rank. LyCORIS and web interfaces read it, stock diffusers does not. Base
         weights as in `to_lora`. ValueError for changes outside the UNet, and for other denoisers as in `to_kohya`.
         """
+        self._check_weights("to_lycoris")
         model, path = self._base(model), named_safetensors(path)
         names = {id(one): name for name, one in model.denoiser.named_parameters()}
         tensors = {}
@@ -385,6 +414,7 @@ class Edit:
         """Write the edited text encoder as a folder that `CLIPTextModel.from_pretrained` reads, to be put into any
         pipeline that was made with the unedited one. Base weights as in `to_lora`. ValueError for another kind.
         """
+        self._check_weights("to_text_encoder")
         if self.kind != "text_encoder":
             raise ValueError(
                 f"a {self.kind} edit does not change the text encoder, or more than it: use `merged` and save the model"
@@ -401,6 +431,7 @@ class Edit:
         What users of UCE and RECE pass around: `unet.load_state_dict(load_file(path), strict=False)`. Base weights as
         in `to_lora`. ValueError for an edit of other weights.
         """
+        self._check_weights("to_projections")
         if self.kind == "text_maps":
             raise ValueError(
                 "a text_maps edit changes more than key and value projections: use edit.merged(model).save_pretrained"
@@ -464,9 +495,20 @@ class Edit:
 
     @property
     def _deltas(self) -> dict[str, Tensor]:
-        if self.kind == "text_maps":
+        if self.kind in ("text_maps", *filters.KINDS):
             return {}
         return {name: tensor for name, tensor in self.tensors.items() if name not in ("left", "right")}
+
+    def _check_weights(self, export: str) -> None:
+        if self.kind in filters.KINDS:
+            raise ValueError(f"{export} is not for a {self.kind}: {models.NO_WEIGHT}")
+
+    def _filter(self, model: DiffusionModel, scale: float) -> AbstractContextManager:
+        if self.kind not in filters.KINDS:
+            return nullcontext()
+        tensors = {name: tensor.to(model.device) for name, tensor in self.tensors.items()}
+        one = filters.Filter(tensors, self.metadata["filter"], scale)
+        return filters.installed(self.kind, one, model.pipeline)
 
     def _base(self, model: DiffusionModel | None) -> DiffusionModel:
         if model is None:
@@ -484,7 +526,12 @@ class Edit:
 
     def _check_base(self, model: DiffusionModel) -> None:
         model.check_editable()
-        if self.kind == "text_encoder":
+        if self.kind in filters.KINDS and not model.own_loop:
+            raise ValueError(
+                f"a {self.kind} is for Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads text elsewhere "
+                "as well, which it would not filter"
+            )
+        if self.kind in ("text_encoder", "prompt_filter"):
             if (found := model.text_fingerprint()) != self.metadata["text_base"]:
                 raise ValueError(
                     f"this edit was made for the text encoder {self.metadata['text_base']}, not for {found}: "

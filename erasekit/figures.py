@@ -35,6 +35,9 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "trce": "TRCE",
     "advunlearn": "AdvUnlearn",
     "dp": "DP",
+    "adavd": "AdaVD",
+    "semantic_surgery": "Semantic Surgery",
+    "safree": "SAFREE",
 }
 METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
     "original": "#4d4d4d",
@@ -46,6 +49,9 @@ METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same 
     "trce": "#d55e00",
     "advunlearn": "#cc78bc",
     "dp": "#949494",
+    "adavd": "#fbafe4",
+    "semantic_surgery": "#8c6bb1",
+    "safree": "#ece133",
 }
 METHOD_MARKERS = {
     "original": "o",
@@ -57,6 +63,9 @@ METHOD_MARKERS = {
     "trce": "X",
     "advunlearn": "*",
     "dp": "h",
+    "adavd": "p",
+    "semantic_surgery": "d",
+    "safree": "<",
 }
 
 

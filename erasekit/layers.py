@@ -18,6 +18,18 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+def check_uncompiled(part: str, module: nn.Module) -> None:
+    """ValueError where a part of the pipeline or a layer of it is compiled: such code keeps to the hooks of its first
+    call.
+    """
+    inside = [one for one in uncompiled(module).modules() if one._compiled_call_impl is not None]
+    if inside or uncompiled(module) is not module:
+        raise ValueError(
+            f"the {part} is compiled, and its code would neither take a filter that comes later nor drop one that it "
+            "was compiled with: load the model again, and use filters without torch.compile"
+        )
+
+
 def check_unfused(unet: nn.Module) -> None:
     """ValueError while projections are fused: the UNet then computes with copies of the weights that edits change."""
     for name, module in unet.named_modules():

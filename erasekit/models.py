@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from erasekit import checkpoints, pipelines, worlds
+from erasekit import checkpoints, filters, pipelines, worlds
 from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.conditioning import Conditioning, joined, told
 from erasekit.layers import check_editable, text_projected_once, uncompiled
@@ -36,6 +36,10 @@ from erasekit.sampling import denoise
 FIXED_BATCH = 4  # see DiffusionModel.fixed_batch
 # What edits may change, and `fingerprint` is of
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", "unet", "transformer")
+NO_WEIGHT = (
+    "a filter acts when pictures are drawn and is in no weight, so draw inside `with edit.applied(model):`, nest the "
+    "blocks of several edits, and keep it with edit.save"
+)
 NOTE = "erasekit.json"  # beside model_index.json: which world a saved model belongs to
 
 # fingerprint -> a model in memory, so that an edit loaded from a file can find its base
@@ -491,8 +495,20 @@ class DiffusionModel:
         tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"))
         return len(tokenizer) - tokenizer.vocab_size
 
+    @property
+    def _filtered(self) -> bool:
+        """Whether a filter acts on the pipeline, applied to this model or to another one around the same parts."""
+        return filters.in_force(*(getattr(self.pipeline, part, None) for part in PARTS))
+
     def edits_in_force(self) -> list[str]:
-        """Digests of the applied edits, with the strength of those that are not applied whole."""
+        """Digests of the applied edits, with the strength of those that are not applied whole. ValueError where a
+        filter acts that was applied to another model around the same pipeline: what is kept by these would be mistaken.
+        """
+        if self._filtered and not any(edit.kind in filters.KINDS for edit, _ in self._active):
+            raise ValueError(
+                "a filter is in force on this pipeline: use the model that its edit was applied to, or leave its "
+                "`with` block first"
+            )
         return [edit.digest if scale == 1 else f"{edit.digest} x {scale!r}" for edit, scale in self._active]
 
     def check_editable(self) -> None:
@@ -506,7 +522,7 @@ class DiffusionModel:
     def check_fit(self) -> None:
         """The same, and that no edit is in force: what is fitted is kept with the fingerprint of the model without."""
         self.check_editable()
-        if self._active:
+        if self._active or self._filtered:
             raise ValueError(
                 "an edit is applied to this model: leave its `with` block to fit another, or fit the model that "
                 "edit.merged(model) returns"
@@ -516,7 +532,7 @@ class DiffusionModel:
         """An independent model with the same weights. ValueError while an edit is in force, and for a pipeline that
         cannot be copied.
         """
-        if self._active:
+        if self._active or self._filtered:
             raise ValueError("an edit is applied to this model: leave its `with` block first")
         try:
             return DiffusionModel(copied(self.pipeline), self.preset)
@@ -528,9 +544,10 @@ class DiffusionModel:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read. ValueError
-        where it would not be read back as it is (`check_editable`); an edit in force is written with the weights.
+        where it would not be read back as it is (`check_editable`); an edit in force is written with the weights,
+        and a filter, which is in none, refused.
         """
-        self.check_editable()
+        self._check_written()
         with quietly():
             self.pipeline.save_pretrained(folder, safe_serialization=True)
         tidy_configs(folder)
@@ -543,14 +560,20 @@ class DiffusionModel:
 
         It holds the weights of UNet, VAE and text encoders, in their dtypes, and an edit in force with them; not the
         scheduler, the tokenizers and the sizes, which a reader takes from the configs in `folder` (`save_pretrained`)
-        or assumes. ValueError for another pipeline, and where `check_editable` finds that the weights are not all.
+        or assumes. ValueError for another pipeline, where `check_editable` finds that the weights are not all, and
+        while a filter is in force.
         """
-        self.check_editable()
+        self._check_written()
         path = named_safetensors(path)
         tensors = {name: one.contiguous() for name, one in checkpoints.state_dict(self.pipeline).items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"format": "pt"})
         return path
+
+    def _check_written(self) -> None:
+        self.check_editable()
+        if self._filtered:
+            raise ValueError(f"a filter is in force, which cannot be saved with the model: {NO_WEIGHT}")
 
     def _pairs(self, prompts, seeds) -> tuple[list[str], list[int]]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -9,8 +9,8 @@ from erasekit.paths import ROOT
 
 # From the ground up: a file or folder imports from those before it and from its own; methods and attacks are neighbors.
 FLOORS = (
-    "paths concepts conditioning layers sampling closed_form training tokens worlds pipelines checkpoints models "
-    "text_entries edits prompt_rows retained settings states recorded tuning "
+    "paths concepts conditioning layers sampling closed_form filters training tokens worlds pipelines checkpoints "
+    "models text_entries edits prompt_rows retained settings states recorded tuning "
     "emoji evaluate methods|attacks experiments figures exercises widgets notebooks __init__ cli_methods cli __main__"
 ).split()
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor.split("|")}

@@ -24,6 +24,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image
 from torch import Tensor, nn
 
+from erasekit import filters
 from erasekit.concepts import subject_span
 from erasekit.edits import Edit
 from erasekit.evaluate import metrics, runs
@@ -171,15 +172,21 @@ def _pruned(model, edit, prompts, seeds, *, share, **sampling):
 def _merged(model, edit, prompts, seeds, *, scale, sibling=None, sibling_scale=0.0, **sampling):
     """W + scale (W_edited - W) + sibling_scale (W_sibling - W): an edit at strength s is the average of weights with
     share s, since what it adds to a weight is linear in its strength. The edit comes first: a map of an edit multiplies
-    the weights that it finds.
+    the weights that it finds. NoMeaning for a part of a filter, which is in no weight that could be averaged.
     """
+    if edit is not None and edit.kind in filters.KINDS and scale != 1:
+        raise NoMeaning(f"a {edit.kind} is in no weight, and models are averaged by their weights")
     with applied(edit, model, scale), applied(sibling, model, sibling_scale):
         return model.generate(prompts, seeds, **sampling)
 
 
 def _with_lora(model, edit, prompts, seeds, *, lora, **sampling):
-    """A LoRA loaded into the edited model, by stock diffusers, and unloaded: none may be there already."""
+    """A LoRA loaded into the edited model, by stock diffusers, and unloaded: none may be there already. NoMeaning for a
+    filter of values, behind which the LoRA would add its own.
+    """
     model.check_editable()
+    if edit is not None and edit.kind == "attention_filter":
+        raise NoMeaning("a LoRA that is loaded over an attention_filter adds to the values behind it")
     with applied(edit, model):
         model.pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
         try:
