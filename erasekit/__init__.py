@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from erasekit import attacks, closed_form, evaluate, experiments
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import advunlearn, dp, esd, mace, realera, rece, trce, uce
+    from erasekit.methods import advunlearn, dp, esd, mace, realera, rece, speed, trce, uce
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -43,6 +43,7 @@ __all__ = [
     "trce",
     "advunlearn",
     "dp",
+    "speed",
 ]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
@@ -59,6 +60,7 @@ _HOME = {
     "realera": "erasekit.methods",
     "advunlearn": "erasekit.methods",
     "dp": "erasekit.methods",
+    "speed": "erasekit.methods",
 }
 
 

@@ -35,6 +35,7 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "trce": "TRCE",
     "advunlearn": "AdvUnlearn",
     "dp": "DP",
+    "speed": "SPEED",
 }
 METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
     "original": "#4d4d4d",
@@ -46,6 +47,7 @@ METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same 
     "trce": "#d55e00",
     "advunlearn": "#cc78bc",
     "dp": "#949494",
+    "speed": "#ece133",
 }
 METHOD_MARKERS = {
     "original": "o",
@@ -57,6 +59,7 @@ METHOD_MARKERS = {
     "trce": "X",
     "advunlearn": "*",
     "dp": "h",
+    "speed": "p",
 }
 
 
