@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from erasekit import attacks, closed_form, evaluate, experiments
     from erasekit.concepts import Concept
     from erasekit.edits import Edit
-    from erasekit.methods import advunlearn, dp, esd, mace, realera, rece, speed, trce, uce
+    from erasekit.methods import advunlearn, dp, esd, mace, oce, realera, rece, speed, trce, uce
     from erasekit.models import DiffusionModel, load
 
 try:
@@ -44,6 +44,7 @@ __all__ = [
     "advunlearn",
     "dp",
     "speed",
+    "oce",
 ]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
@@ -61,6 +62,7 @@ _HOME = {
     "advunlearn": "erasekit.methods",
     "dp": "erasekit.methods",
     "speed": "erasekit.methods",
+    "oce": "erasekit.methods",
 }
 
 

@@ -36,6 +36,7 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "advunlearn": "AdvUnlearn",
     "dp": "DP",
     "speed": "SPEED",
+    "oce": "OCE",
 }
 METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
     "original": "#4d4d4d",
@@ -48,6 +49,7 @@ METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same 
     "advunlearn": "#cc78bc",
     "dp": "#949494",
     "speed": "#ece133",
+    "oce": "#fbafe4",
 }
 METHOD_MARKERS = {
     "original": "o",
@@ -60,6 +62,7 @@ METHOD_MARKERS = {
     "advunlearn": "*",
     "dp": "h",
     "speed": "p",
+    "oce": "d",
 }
 
 

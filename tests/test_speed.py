@@ -315,14 +315,16 @@ def test_on_an_accelerator():
 
 
 @pytest.mark.slow
-def test_dogs_go_and_cats_stay():
+def test_dogs_go_and_cats_stay(tmp_path):
     """On the emoji model; the control is the model as it is."""
     from erasekit.evaluate.world import Prompt, judged
 
     model = ek.load("emoji", device="cpu")
     prompts = [Prompt(f"a {name} in flat style", name, "flat") for name in ("dog", "cat")]
     shown = lambda: (
-        judged(model, prompts, seeds=range(6), steps=12).query("shown == concept")["concept"].value_counts()
+        judged(model, prompts, seeds=range(6), steps=12, folder=tmp_path)
+        .query("shown == concept")["concept"]
+        .value_counts()
     )
     before = shown()
     with speed.fit(model, "dog", ["cat", "horse", "bird", "deer"]).applied(model):

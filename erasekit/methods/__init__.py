@@ -1,8 +1,8 @@
 """One paper, one file. A method is a module with `Config`, `PRESETS` and `fit`."""
 
-from erasekit.methods import advunlearn, dp, esd, mace, realera, rece, speed, trce, uce
+from erasekit.methods import advunlearn, dp, esd, mace, oce, realera, rece, speed, trce, uce
 
 METHODS = {"uce": uce, "esd": esd, "mace": mace, "rece": rece, "realera": realera, "trce": trce,
-           "advunlearn": advunlearn, "dp": dp, "speed": speed}  # fmt: skip
+           "advunlearn": advunlearn, "dp": dp, "speed": speed, "oce": oce}  # fmt: skip
 
 __all__ = ["METHODS", *METHODS]
