@@ -171,6 +171,36 @@ def solve(
     return _dense(torch.cholesky_solve(c.T @ left.T, factor).T)
 
 
+def span(rows: Tensor, cut: float) -> Tensor:
+    """Orthonormal directions (r, d), float64, of rows (m, d) along which their singular values are above `cut`."""
+    rows = rows.double()
+    if len(rows) > rows.shape[1]:
+        rows = torch.linalg.qr(rows, mode="r").R  # the same directions and singular values, of fewer rows
+    _, values, directions = torch.linalg.svd(rows, full_matrices=False)
+    return directions[values > cut]
+
+
+def complement(preserved: Tensor | None, d: int, cut: float) -> Tensor:
+    """Pi (d, d): the projection onto what is orthogonal to the span of the preserved rows (m, d)."""
+    eye = torch.eye(d, dtype=torch.float64)
+    if preserved is None:
+        return eye
+    inside = span(preserved, cut)
+    return eye.to(inside) - inside.T @ inside
+
+
+def confined(sources: Tensor, targets: Tensor, pi: Tensor, ridge: float, singular: str) -> ContextMap:
+    """T = I + (C* - C)^T (C Pi C^T + ridge I)^-1 C Pi: least squares that move nothing outside the range of Pi (d, d).
+
+    It minimizes ||T c - c*||^2 + ridge ||T - I||_F^2 over rows c, c* (n, d), among the maps with T x = x wherever
+    Pi x = 0. ValueError(singular) where the rows are not independent in that range and no ridge makes up for it.
+    """
+    outside = sources @ pi
+    gram = outside @ outside.T + ridge * torch.eye(len(sources)).to(outside)
+    right = torch.cholesky_solve(outside, cholesky(gram, singular))
+    return ContextMap((targets - sources).T.contiguous(), right.T.contiguous())
+
+
 def condensed(rows: Tensor) -> Tensor:
     """At most d rows with the same rows^T rows as (m, d), float64: to `solve` they preserve the same.
 
@@ -212,6 +242,16 @@ def residuals(context_map: ContextMap, given: Rows) -> dict[str, float]:
     return {
         "erase_residual": _relative(context_map.apply(sources) - targets, sources - targets),
         "preserve_drift": 0.0 if kept is None else _relative(context_map.apply(kept) - kept, kept),
+    }
+
+
+def output_residuals(weight: Tensor, edited: Tensor, given: Rows) -> dict[str, float]:
+    """The same of what one projection (d_out, d) gives: W' c beside W c*, W' p beside W p."""
+    w, new = weight.double(), edited.double()
+    kept, sources, targets = given.preserved, given.sources, given.targets
+    return {
+        "erase_residual": _relative(sources @ new.T - targets @ w.T, (sources - targets) @ w.T),
+        "preserve_drift": 0.0 if kept is None else _relative(kept @ (new - w).T, kept @ w.T),
     }
 
 

@@ -35,6 +35,8 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "trce": "TRCE",
     "advunlearn": "AdvUnlearn",
     "dp": "DP",
+    "speed": "SPEED",
+    "oce": "OCE",
     "adavd": "AdaVD",
     "semantic_surgery": "Semantic Surgery",
     "safree": "SAFREE",
@@ -49,9 +51,11 @@ METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same 
     "trce": "#d55e00",
     "advunlearn": "#cc78bc",
     "dp": "#949494",
-    "adavd": "#fbafe4",
+    "speed": "#ece133",
+    "oce": "#fbafe4",
+    "adavd": "#8c564b",
     "semantic_surgery": "#8c6bb1",
-    "safree": "#ece133",
+    "safree": "#17becf",
 }
 METHOD_MARKERS = {
     "original": "o",
@@ -63,9 +67,11 @@ METHOD_MARKERS = {
     "trce": "X",
     "advunlearn": "*",
     "dp": "h",
-    "adavd": "p",
-    "semantic_surgery": "d",
-    "safree": "<",
+    "speed": "p",
+    "oce": "d",
+    "adavd": "<",
+    "semantic_surgery": ">",
+    "safree": "H",
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -129,8 +130,12 @@ def cross_attention(unet: nn.Module) -> dict[str, Attention]:
     return found
 
 
-def cross_attention_kv(unet: nn.Module) -> dict[str, nn.Linear]:
-    """{parameter name: Linear} of every cross-attention key and value projection, in registration order.
+Projections = Literal["values", "keys", "both"]
+
+
+def cross_attention_kv(unet: nn.Module, only: Projections = "both") -> dict[str, nn.Linear]:
+    """{parameter name: Linear} of every cross-attention key and value projection, in registration order; or `only` of
+    the keys, or of the values.
 
     The names end in `attn2.to_k.weight` and `attn2.to_v.weight`; every weight is (d_out, d) with one shared
     d. Raises ValueError when there is none, or when one is not a plain bias-free Linear of that width.
@@ -151,7 +156,8 @@ def cross_attention_kv(unet: nn.Module) -> dict[str, nn.Linear]:
         raise ValueError(
             f"cross-attention inputs differ in width ({sorted(widths)}); expected one text width"
         )
-    return found
+    wanted = {"values": ("to_v",), "keys": ("to_k",), "both": ("to_k", "to_v")}[only]
+    return {name: module for name, module in found.items() if name.split(".")[-2] in wanted}
 
 
 def _text_projections(unet: nn.Module) -> dict[str, nn.Module]:

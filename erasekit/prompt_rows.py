@@ -9,11 +9,13 @@ state of the text encoder.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from erasekit.closed_form import ContextMap, Rows, condensed, residuals
+from erasekit.concepts import fill, slot_token
 from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv, uncompiled
 from erasekit.models import PARTS, DiffusionModel
@@ -342,3 +344,49 @@ def _located(entry: TextEntry, prompt: Prompt, part: str) -> dict[int, int]:
 
 def _contents(rows: Tensor) -> list[bytes]:
     return [row.tobytes() for row in rows.contiguous().view(torch.uint8).cpu().numpy()]
+
+
+Tokens = Literal["last_subject", "last_to_end", "all"]
+
+
+def slot_rows(
+    model: DiffusionModel,
+    pairs: Sequence[tuple[str, str, str]],
+    keep: Sequence[tuple[str, str]],
+    tokens: Tokens = "last_subject",
+    preserve_tokens: Tokens = "last_subject",
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of Stable Diffusion 1 and 2, sources and targets (n, d) of (template, phrase, anchor), and for each (template,
+    phrase) the rows that are kept, float64; the tokens as in `paired`. Every distinct prompt is encoded once.
+    """
+    embed = _embedder(model, [(t, phrase) for t, *both in pairs for phrase in both] + [*keep])
+    paired = [_paired_slots(model.tokenizer, embed, *pair, tokens) for pair in pairs]
+    sources, targets = (torch.cat(side) for side in zip(*paired, strict=True))
+    return sources, targets, [_slot(model.tokenizer, embed, *slot, preserve_tokens) for slot in keep]
+
+
+def _embedder(model: DiffusionModel, slots: Sequence[tuple[str, str]]) -> Callable[[str, str], Tensor]:
+    """A look-up (template, phrase) -> (length, d) float64; every distinct prompt is encoded once."""
+    prompts = list(dict.fromkeys(fill(*slot)[0] for slot in slots))
+    table = dict(zip(prompts, model.encode(prompts).double(), strict=True))
+    return lambda template, phrase: table[fill(template, phrase)[0]]
+
+
+def _paired_slots(
+    tokenizer, embed, template: str, phrase: str, anchor: str, tokens: Tokens
+) -> tuple[Tensor, Tensor]:
+    """Source and target rows, (n, d) each, of one template with the concept and with its anchor."""
+    old, new = (
+        _slot(tokenizer, embed, template, phrase, tokens),
+        _slot(tokenizer, embed, template, anchor, tokens),
+    )
+    count = min(len(old), len(new))  # the rows start at the aligned token; what differs is how many follow
+    return old[:count], new[:count]
+
+
+def _slot(tokenizer, embed, template: str, phrase: str, tokens: Tokens) -> Tensor:
+    block = embed(template, phrase)
+    if tokens == "all":
+        return block
+    start = slot_token(tokenizer, template, phrase)
+    return block[start : start + 1] if tokens == "last_subject" else block[start:]

@@ -123,14 +123,14 @@ def test_token_policies(shared_model, tokens, rows):
 
 def test_rows_start_at_the_concept_in_every_template(shared_model):
     """The word may have other numbers of pieces than its anchor and stand in the middle of a sentence."""
-    from erasekit.methods.uce import _embedder, _paired_rows
+    from erasekit.prompt_rows import _embedder, _paired_slots
 
     template, tokenizer = "a {} in flat style", shared_model.tokenizer
     embed = _embedder(shared_model, [(template, "garbage"), (template, "dog"), (template, " ")])
-    old, new = _paired_rows(tokenizer, embed, template, "garbage", "dog", "last_to_end")
+    old, new = _paired_slots(tokenizer, embed, template, "garbage", "dog", "last_to_end")
     assert torch.equal(old, embed(template, "garbage")[7:]) and len(old) == LENGTH - 7
     assert torch.equal(new, embed(template, "dog")[2 : 2 + len(old)])
-    old, new = _paired_rows(tokenizer, embed, template, "garbage", " ", "last_subject")
+    old, new = _paired_slots(tokenizer, embed, template, "garbage", " ", "last_subject")
     assert torch.equal(old, embed(template, "garbage")[7:8])
     assert torch.equal(new, embed(template, " ")[1:2])  # "a", the token before the empty slot
 

@@ -6,16 +6,18 @@ from erasekit.methods import (
     dp,
     esd,
     mace,
+    oce,
     realera,
     rece,
     safree,
     semantic_surgery,
+    speed,
     trce,
     uce,
 )
 
 METHODS = {"uce": uce, "esd": esd, "mace": mace, "rece": rece, "realera": realera, "trce": trce,
-           "advunlearn": advunlearn, "dp": dp,
+           "advunlearn": advunlearn, "dp": dp, "speed": speed, "oce": oce,
            "adavd": adavd, "semantic_surgery": semantic_surgery, "safree": safree}  # fmt: skip
 
 __all__ = ["METHODS", *METHODS]

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from erasekit.closed_form import ContextMap, Rows, residuals
+from erasekit.closed_form import ContextMap, Rows, complement, confined, residuals
 from erasekit.concepts import (
     Concept,
     check_templates,
@@ -129,16 +129,6 @@ def projected(sources: Tensor, guides: Tensor) -> Tensor:
     return sources @ torch.linalg.pinv(guides) @ guides
 
 
-def complement(preserved: Tensor | None, d: int, cut: float) -> Tensor:
-    """Pi (d, d): the projection onto what is orthogonal to the preserved rows (m, d)."""
-    eye = torch.eye(d, dtype=torch.float64)
-    if preserved is None:
-        return eye
-    _, values, directions = torch.linalg.svd(preserved.double(), full_matrices=False)
-    inside = directions[values > cut]
-    return eye.to(inside) - inside.T @ inside
-
-
 def solve(given: Rows, config: Config) -> tuple[ContextMap, dict[str, float]]:
     """The map T; free: the least share ||Pi c||^2 / ||c||^2 of a source that the preserved span leaves free; condition:
     of C^T Pi C. ValueError where a source lies in the span, or the rows cannot be told apart outside it.
@@ -160,12 +150,13 @@ def solve(given: Rows, config: Config) -> tuple[ContextMap, dict[str, float]]:
         for old, new, x in zip(c, c_star, outside, strict=True):
             t = t.compose(ContextMap((new - old)[:, None], (x / x.square().sum())[:, None]))
         return t, told
-    gram += config.ridge * values[-1] * torch.eye(len(c)).to(c)
-    if not torch.linalg.cond(gram) < 1e12:
-        raise ValueError(
-            "outside the preserved span the tokens to erase are not independent: set ridge, or joint=False"
-        )
-    return ContextMap((c_star - c).T.contiguous(), torch.linalg.solve(gram, outside).T.contiguous()), told
+    ridge = config.ridge * float(values[-1])
+    complaint = (
+        "outside the preserved span the tokens to erase are not independent: set ridge, or joint=False"
+    )
+    if not torch.linalg.cond(gram + ridge * torch.eye(len(c)).to(c)) < 1e12:
+        raise ValueError(complaint)
+    return confined(c, c_star, pi, ridge, complaint), told
 
 
 def fit(

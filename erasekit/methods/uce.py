@@ -22,17 +22,16 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
-from erasekit.concepts import Concept, check_templates, fill, slot_token
+from erasekit.concepts import Concept, check_templates, fill
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
+from erasekit.prompt_rows import Tokens
 from erasekit.settings import EMOJI_CAPTIONS, anchors, apart, asked
 from erasekit.text_entries import spaces
 
-Tokens = Literal["last_subject", "last_to_end", "all"]
 Entries = Literal["both", "sequence", "pooled"]
 
 
@@ -100,11 +99,7 @@ def rows(
     """Encode what `fit` solves for; every distinct prompt is encoded once. Errors as in `fit`."""
     slots, keep, concepts = _asked(erased, preserved, anchor, config)
     pairs = slots(config.templates)
-    embed = _embedder(model, [(t, p) for t, *both in pairs for p in both] + keep)
-
-    paired = [_paired_rows(model.tokenizer, embed, *pair, config.tokens) for pair in pairs]
-    sources, targets = (torch.cat(side) for side in zip(*paired, strict=True))
-    kept = [_rows(model.tokenizer, embed, *slot, config.preserve_tokens) for slot in keep]
+    sources, targets, kept = prompt_rows.slot_rows(model, pairs, keep, config.tokens, config.preserve_tokens)
     if config.preserve_null:
         kept.append(model.encode("")[0].double())
     prompts = tuple((fill(t, phrase)[0], fill(t, other)[0]) for t, phrase, other in slots(("{}",)))
@@ -224,30 +219,3 @@ def solve(given: closed_form.Rows, config: Config) -> ContextMap:
         preserve_scale=config.preserve_scale,
         lam=config.lam,
     )
-
-
-def _embedder(model: DiffusionModel, slots: Sequence[tuple[str, str]]) -> Callable[[str, str], Tensor]:
-    """A look-up (template, phrase) -> (length, d) float64; every distinct prompt is encoded once."""
-    prompts = list(dict.fromkeys(fill(*slot)[0] for slot in slots))
-    table = dict(zip(prompts, model.encode(prompts).double(), strict=True))
-    return lambda template, phrase: table[fill(template, phrase)[0]]
-
-
-def _paired_rows(
-    tokenizer, embed, template: str, phrase: str, anchor: str, tokens: Tokens
-) -> tuple[Tensor, Tensor]:
-    """Source and target rows, (n, d) each, of one template with the concept and with its anchor."""
-    old, new = (
-        _rows(tokenizer, embed, template, phrase, tokens),
-        _rows(tokenizer, embed, template, anchor, tokens),
-    )
-    count = min(len(old), len(new))  # the rows start at the aligned token; what differs is how many follow
-    return old[:count], new[:count]
-
-
-def _rows(tokenizer, embed, template: str, phrase: str, tokens: Tokens) -> Tensor:
-    block = embed(template, phrase)
-    if tokens == "all":
-        return block
-    start = slot_token(tokenizer, template, phrase)
-    return block[start : start + 1] if tokens == "last_subject" else block[start:]
