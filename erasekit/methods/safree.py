@@ -16,9 +16,10 @@ Notation (code -> authors' code)
 Known here from notes of the authors' code (formulas only; it has no licence): a RECONSTRUCTION. What the notes do not
 say: a masked token is one that no other attends to. All steps see the filtered embedding; there only the first ones do,
 by how far the prompt moved, and a filter of features follows, which is left out. Rows of the end token and the padding
-stay, and say of the concept what they said. A token alone has no others to be compared with: a prompt of one token
-stays as it is. Flags and P_I are constants to the gradient of an attack. A prompt costs one pass of the text encoder
-for each of its tokens. Inside another filter of prompts it flags by what the text encoder itself gives.
+stay, and say of the concept what they said: the emoji model, which reads them, still draws what is erased. A token
+alone has no others to be compared with: a prompt of one token stays as it is. Flags and P_I are constants to the
+gradient of an attack. A prompt costs one pass of the text encoder for each of its tokens. Inside another filter of
+prompts it flags by what the text encoder itself gives.
 """
 
 from collections.abc import Callable, Sequence
