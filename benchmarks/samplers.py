@@ -2,7 +2,7 @@
 
     python benchmarks/samplers.py --out data/results/benchmark_samplers.json
 
-Every fourth concept in every style once, the same noise for all. The times are of 16 pictures, the median of five
+Every fourth concept in every style once, the same noise for all. The times are of 16 pictures, the median of three
 rounds in which the samplers take turns; run it with nothing else on the machine.
 """
 
@@ -29,7 +29,7 @@ def named(sampler: str, steps: int) -> str:
     return f"{sampler.removesuffix('Scheduler')}, {steps} steps"
 
 
-def seconds(model: DiffusionModel, rounds: int = 5) -> dict[str, float]:
+def seconds(model: DiffusionModel, rounds: int = 3) -> dict[str, float]:
     """{name: seconds for 16 pictures}, after a first round that is not counted."""
     prompts, taken = [prompt.text for prompt in world.grid()[:16]], defaultdict(list)
     for _ in range(rounds + 1):
