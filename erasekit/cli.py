@@ -6,7 +6,6 @@ Heavy imports happen inside the commands, so that --help is quick.
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -70,10 +69,11 @@ def generate(
 ) -> None:
     """Draw one picture from a prompt, with or without an edit."""
     import erasekit as ek
+    from erasekit.edits import applied
 
     loaded_edit = ek.Edit.load(edit) if edit else None
     loaded_model = ek.load(model)
-    with loaded_edit.applied(loaded_model) if loaded_edit else nullcontext():
+    with applied(loaded_edit, loaded_model):
         picture = loaded_model.generate([prompt], seeds=[seed], steps=steps, guidance=guidance)[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -17,6 +16,7 @@ import erasekit as ek
 from erasekit import filters
 from erasekit.attacks import ATTACKS
 from erasekit.attacks.common import unknowing
+from erasekit.edits import applied
 from erasekit.evaluate import metrics, records, world
 from erasekit.experiments import stages
 from erasekit.methods import METHODS
@@ -178,7 +178,7 @@ def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
     if control:
         victim = unknowing(original, torch.Generator().manual_seed(0))
     config = configured(chosen(module.PRESETS, original, None, "sd14"), given)
-    with loaded.applied(victim) if filtered else nullcontext():
+    with applied(loaded if filtered else None, victim):
         result = stages.attack(
             name, victim, original, stages.stage(concept, attempts), config=config, progress=True
         )

@@ -579,6 +579,13 @@ class Edit:
         return [(parameters[name], value) for name, value in new.items()]
 
 
+def applied(
+    edit: Edit | None, model: DiffusionModel, scale: float = 1.0
+) -> AbstractContextManager[DiffusionModel]:
+    """`Edit.applied`, for no edit as well."""
+    return nullcontext(model) if edit is None else edit.applied(model, scale)
+
+
 def _factored(delta: Tensor, error: float) -> tuple[Tensor, Tensor]:
     """B (d_out, r) and A (r, d) of the smallest r with ||delta - B A|| at most error ||delta||, Frobenius norms."""
     u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)

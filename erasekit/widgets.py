@@ -8,14 +8,13 @@ import html
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from erasekit.edits import Edit
+from erasekit.edits import Edit, applied
 from erasekit.figures import METHOD_COLORS, image_grid
 from erasekit.models import DiffusionModel
 
@@ -103,7 +102,7 @@ def explore(
     ) -> list[Image.Image]:
         if model._active:
             raise ValueError("an edit is applied to this model: leave its `with` block first")
-        with edits[label].applied(model, scale=strength) if label is not None else nullcontext():
+        with applied(None if label is None else edits[label], model, strength):
             return model.generate(prompts, seeds=seeds, steps=steps, guidance=guidance)
 
     if interactive:

@@ -13,7 +13,7 @@ A step draws by a model with an edit (or with none) as it would be used, and lea
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from erasekit import filters
 from erasekit.concepts import subject_span
-from erasekit.edits import Edit
+from erasekit.edits import Edit, applied
 from erasekit.evaluate import metrics, runs
 from erasekit.evaluate.protocols import Protocol
 from erasekit.models import DiffusionModel
@@ -80,11 +80,6 @@ def _told(one: Edit | Tensor | Path):
     if isinstance(one, Path):
         return hashlib.sha256(one.read_bytes()).hexdigest()
     return one.digest if isinstance(one, Edit) else one.tolist()
-
-
-def applied(edit: Edit | None, model: DiffusionModel, scale: float = 1.0) -> AbstractContextManager:
-    """`Edit.applied`, for no edit as well."""
-    return edit.applied(model, scale) if edit else nullcontext(model)
 
 
 # Weights

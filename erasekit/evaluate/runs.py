@@ -25,7 +25,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -39,7 +39,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from erasekit.edits import Edit
+from erasekit.edits import Edit, applied
 from erasekit.evaluate import metrics
 from erasekit.evaluate.judges import FEATURES, JUDGES, checked
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
@@ -262,10 +262,10 @@ def run(
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     state = PartialState(cpu=not torch.cuda.is_available()) if several else None
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    apply = edit is not None and step is None  # a step applies the edit in its own way
-    with edit.applied(model) if apply else nullcontext(), sampled_by(model, protocol.sampler):
-        applied = model.edits_in_force() + ([step.key(edit)] if step else [])
-        key = model_key(model, applied, protocol, attack)
+    whole = edit if step is None else None  # a step applies the edit in its own way
+    with applied(whole, model), sampled_by(model, protocol.sampler):
+        in_force = model.edits_in_force() + ([step.key(edit)] if step else [])
+        key = model_key(model, in_force, protocol, attack)
         place = folder / key
         seconds = {"draw": 0.0, "judge": 0.0}
         index = read_sealed(place, "pictures")
@@ -294,7 +294,7 @@ def run(
         "protocol": {"hash": protocol.hash, **asdict(protocol)},
         "model": model.fingerprint(),
         "vae": model.vae_fingerprint(),
-        "edit": applied,
+        "edit": in_force,
         "judges": {judge.name: judge.version for judge in judges},
         "versions": {
             name: installed(name) for name in ("torch", "diffusers", "transformers", "numpy", "pillow")

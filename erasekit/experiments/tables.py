@@ -11,14 +11,13 @@ table does as the paper. What its prompts or judges are that this package cannot
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 
 from erasekit.attacks import unlearndiff
 from erasekit.concepts import Concept, content_ids
-from erasekit.edits import Edit
+from erasekit.edits import Edit, applied
 from erasekit.evaluate import judges, protocols, records, runs
 from erasekit.evaluate.protocols import ARTISTS, IMAGENETTE, Measure, Protocol
 from erasekit.methods import METHODS
@@ -258,7 +257,7 @@ def _attacked(
     if not targets:
         targets += model.generate(prompts, seeds=seeds, steps=config.steps, guidance=config.guidance)
     goal = replace(done.protocol.measures[0], roles=("target",))
-    with edit.applied(model) if edit else nullcontext():
+    with applied(edit, model):
         found = unlearndiff.run(
             model, prompts, goal=goal, targets=targets, seeds=seeds, config=config, folder=place / "attacks",
             progress=progress,
