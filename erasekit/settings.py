@@ -83,6 +83,31 @@ def asked(
     return config, erased, preserved, torch.Generator().manual_seed(0) if generator is None else generator
 
 
+def check_first_family(model: DiffusionModel, method: str) -> None:
+    """ValueError for other models than Stable Diffusion 1 and 2, of a method that changes how these read text."""
+    if not model.own_loop:
+        raise ValueError(
+            f"{method} is for Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads text elsewhere as well: "
+            "erase by uce or rece instead"
+        )
+
+
+def check_no_anchor(anchor: str | Concept | None, method: str) -> None:
+    """ValueError for an anchor that a method would not draw."""
+    if anchor is not None:
+        raise ValueError(
+            f"{method} puts nothing in the place of a concept: leave anchor out, or erase by uce or dp"
+        )
+
+
+def about(
+    erased: Sequence[Concept], instead: Sequence[str], preserved: Sequence[Concept]
+) -> dict[str, list[str]]:
+    """The concepts of an edit by name, as its metadata has them."""
+    names = lambda concepts: [one.name for one in concepts]
+    return {"erase": names(erased), "anchor": list(instead), "preserve": names(preserved)}
+
+
 def apart(erased: Sequence[Concept], preserved: Sequence[Concept]) -> None:
     """ValueError for a concept that is both erased and preserved."""
     if both := {one.name.lower() for one in erased} & {one.name.lower() for one in preserved}:

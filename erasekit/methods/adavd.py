@@ -34,7 +34,7 @@ import torch
 from erasekit.concepts import Concept, check_templates, fill, last_subject_token
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
-from erasekit.settings import apart, asked, check
+from erasekit.settings import about, apart, asked, check, check_first_family, check_no_anchor
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,8 @@ def fit(
     concepts, nothing to erase, a concept both erased and preserved or with several templates, and prompts that are too
     long.
     """
-    if not model.own_loop:
-        raise ValueError(
-            f"adavd filters the values of Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads text "
-            "elsewhere as well: erase by uce or rece instead"
-        )
-    if anchor is not None:
-        raise ValueError(
-            "adavd puts nothing in the place of a concept: leave anchor out, or erase by uce or dp"
-        )
+    check_first_family(model, "adavd")
+    check_no_anchor(anchor, "adavd")
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
@@ -101,11 +94,7 @@ def fit(
     if callback is not None:
         callback({"step": 0, "concepts": len(erased)})
     delta = {name: value for name, value in asdict(config).items() if name != "template"}
-    concepts = {
-        "erase": [one.name for one in erased],
-        "anchor": [],
-        "preserve": [one.name for one in preserved],
-    }
+    concepts = about(erased, [], preserved)
     return Edit.from_filter(
         {"concepts": torch.stack(rows)}, {"formula": "adavd", **delta}, model,
         method="adavd", config=config, concepts=concepts,

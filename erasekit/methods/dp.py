@@ -43,7 +43,7 @@ from erasekit.concepts import (
 )
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
-from erasekit.settings import EMOJI_CAPTIONS, anchors, apart, asked, check
+from erasekit.settings import EMOJI_CAPTIONS, about, anchors, apart, asked, check, check_first_family
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,7 @@ def rows(
             targets.append(projected(sources[-1], new[last - length + 1 : last + 1]))
     kept = [fill(t, one.name)[0] for one in preserved for t in one.templates or config.preserve_templates]
     kept += [""] * config.preserve_null
-    concepts = {
-        "erase": [one.name for one in erased],
-        "anchor": instead,
-        "preserve": [one.name for one in preserved],
-    }
+    concepts = about(erased, instead, preserved)
     return Rows(torch.cat(sources), torch.cat(targets), _tokens(model, kept, config), concepts)
 
 
@@ -176,11 +172,7 @@ def fit(
     Raises ValueError for unknown concepts, nothing to erase, a concept both erased and preserved or in the span of what
     is preserved, and prompts that are too long.
     """
-    if not model.own_loop:
-        raise ValueError(
-            f"dp closes the keys and values of Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads text "
-            "elsewhere as well: erase by uce or rece instead"
-        )
+    check_first_family(model, "dp")
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )

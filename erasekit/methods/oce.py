@@ -42,7 +42,7 @@ from erasekit.layers import cross_attention_kv
 from erasekit.models import DiffusionModel
 from erasekit.prompt_rows import slot_rows
 from erasekit.retained import retained
-from erasekit.settings import EMOJI_CAPTIONS, apart, asked, check
+from erasekit.settings import EMOJI_CAPTIONS, about, apart, asked, check, check_first_family
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,7 @@ def rows(
     keep = [(t, one.name) for one in preserved for t in one.templates or config.preserve_templates]
     sources, targets, kept = slot_rows(model, pairs, keep)
     general = model.encode(retained(model, erased, (), config.general_templates)[1]).double().flatten(0, 1)
-    concepts = {
-        "erase": [one.name for one in erased],
-        "anchor": [guide for guides in instead for guide in guides],
-        "preserve": [one.name for one in preserved],
-    }
+    concepts = about(erased, [guide for guides in instead for guide in guides], preserved)
     found = Rows(sources, targets, torch.cat(kept) if kept else None, concepts)
     return found, general.T @ general / len(general)
 
@@ -168,11 +164,7 @@ def fit(
     nothing to erase, a concept both erased and preserved, prompts that are too long, and models other than Stable
     Diffusion 1 and 2.
     """
-    if not model.own_loop:
-        raise ValueError(
-            f"oce turns the values of Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads text "
-            "elsewhere as well: erase by uce or rece instead"
-        )
+    check_first_family(model, "oce")
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )

@@ -30,7 +30,7 @@ import torch
 from erasekit.concepts import Concept, check_templates, eot_position, token_ids
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
-from erasekit.settings import apart, asked, check, erase_prompts
+from erasekit.settings import about, apart, asked, check, check_first_family, check_no_anchor, erase_prompts
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,8 @@ def fit(
     rows that they span. Raises ValueError for other models than Stable Diffusion 1 and 2, unknown concepts, nothing to
     erase, a concept both erased and preserved, and prompts that are too long.
     """
-    if not model.own_loop:
-        raise ValueError(
-            f"safree filters the text embedding of Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads "
-            "text elsewhere as well: erase by uce or rece instead"
-        )
-    if anchor is not None:
-        raise ValueError(
-            "safree puts nothing in the place of a concept: leave anchor out, or erase by uce or dp"
-        )
+    check_first_family(model, "safree")
+    check_no_anchor(anchor, "safree")
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
@@ -91,11 +84,7 @@ def fit(
     if callback is not None:
         callback({"step": 0, "concepts": len(erased), "rows": len(rows)})
     settings = {"formula": "safree", "alpha": config.alpha, "end": model.tokenizer.eos_token_id}
-    concepts = {
-        "erase": [one.name for one in erased],
-        "anchor": [],
-        "preserve": [one.name for one in preserved],
-    }
+    concepts = about(erased, [], preserved)
     return Edit.from_filter(
         {"concepts": rows}, settings, model, method="safree", config=config, concepts=concepts
     )

@@ -34,7 +34,7 @@ import torch
 from erasekit.concepts import Concept, check_templates, fill
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
-from erasekit.settings import apart, asked, check
+from erasekit.settings import about, apart, asked, check, check_first_family, check_no_anchor
 
 MOST = 1000  # sets of concepts that are encoded; at 77 x 768 a thousand take 240 MB
 
@@ -87,15 +87,8 @@ def fit(
     Stable Diffusion 1 and 2, unknown concepts, nothing to erase, a concept both erased and preserved, too many sets,
     and prompts that are too long.
     """
-    if not model.own_loop:
-        raise ValueError(
-            f"semantic_surgery filters the text embedding of Stable Diffusion 1 and 2; {type(model.pipeline).__name__} "
-            "reads text elsewhere as well: erase by uce or rece instead"
-        )
-    if anchor is not None:
-        raise ValueError(
-            "semantic_surgery puts nothing in the place of a concept: leave anchor out, or erase by uce or dp"
-        )
+    check_first_family(model, "semantic_surgery")
+    check_no_anchor(anchor, "semantic_surgery")
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
@@ -116,7 +109,7 @@ def fit(
     if callback is not None:
         callback({"step": 0, "concepts": len(names), "sets": len(sets)})
     own = {key: value for key, value in asdict(config).items() if key not in ("together", "template")}
-    concepts = {"erase": names, "anchor": [], "preserve": [one.name for one in preserved]}
+    concepts = about(erased, [], preserved)
     return Edit.from_filter(
         {"directions": directions, "members": members}, {"formula": "semantic_surgery", **own}, model,
         method="semantic_surgery", config=config, concepts=concepts,

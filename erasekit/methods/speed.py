@@ -50,7 +50,7 @@ from erasekit.layers import Projections, cross_attention_kv
 from erasekit.models import DiffusionModel
 from erasekit.prompt_rows import slot_rows
 from erasekit.retained import retained
-from erasekit.settings import EMOJI_CAPTIONS, anchors, apart, asked, check
+from erasekit.settings import EMOJI_CAPTIONS, about, anchors, apart, asked, check, check_first_family
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,7 @@ def rows(
     ]
     keep = [(t, one.name) for one in preserved for t in one.templates or config.preserve_templates]
     sources, targets, kept = slot_rows(model, pairs, keep, config.tokens)
-    concepts = {
-        "erase": [one.name for one in erased],
-        "anchor": instead,
-        "preserve": [one.name for one in preserved],
-    }
+    concepts = about(erased, instead, preserved)
     return Rows(sources, targets, torch.cat(kept), concepts)
 
 
@@ -208,11 +204,7 @@ def fit(
     nothing to erase, a concept both erased and preserved or in the span of what is retained, prompts that are too long,
     and models other than Stable Diffusion 1 and 2.
     """
-    if not model.own_loop:
-        raise ValueError(
-            f"speed closes the values of Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads text "
-            "elsewhere as well: erase by uce or rece instead"
-        )
+    check_first_family(model, "speed")
     config, erased, preserved, generator = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )

@@ -29,7 +29,7 @@ from erasekit.concepts import Concept, check_templates, fill
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
 from erasekit.prompt_rows import Tokens
-from erasekit.settings import EMOJI_CAPTIONS, anchors, apart, asked
+from erasekit.settings import EMOJI_CAPTIONS, about, anchors, apart, asked
 from erasekit.text_entries import spaces
 
 Entries = Literal["both", "sequence", "pooled"]
@@ -120,11 +120,7 @@ def _asked(
         for phrase in (concept.name, *(concept.synonyms if config.synonyms else ()))
     ]
     keep = [(t, one.name) for one in preserved for t in one.templates or config.preserve_templates]
-    concepts = {
-        "erase": [concept.name for concept in erased],
-        "anchor": instead,
-        "preserve": [concept.name for concept in preserved],
-    }
+    concepts = about(erased, instead, preserved)
     return slots, keep, concepts
 
 
