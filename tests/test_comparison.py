@@ -11,6 +11,7 @@ from erasekit.evaluate import records
 from erasekit.evaluate.metrics import rate
 from erasekit.evaluate.protocols import CIFAR
 from erasekit.experiments import comparison
+from erasekit.figures import METHOD_NAMES
 from erasekit.methods import METHODS
 from erasekit.paths import RESULTS, ROOT
 
@@ -134,6 +135,18 @@ def test_readme_has_the_numbers_of_the_comparison(table):
             for pair in (count("measure", "Acc_e"), count("measure", "Acc_g"), attack, others)
         ]
         assert any(line.startswith(f"| {name} | " + " | ".join(told) + " |") for line in lines), (name, told)
+
+
+def test_readme_has_the_numbers_of_the_younger_methods(table):
+    objects = table[table["concept"].eq("dog") & table["protocol"].eq("emoji-objects")]
+    newer = [m for m in objects["method"].unique() if m in METHODS and m not in NAMES]
+    assert newer
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for key in newer:
+        own = objects[objects["method"] == key].set_index("measure")[["k", "n"]]
+        counts = [own.loc["Acc_e"], own.loc["Acc_g"], own.loc["Acc_s"] + own.loc["elsewhere"]]
+        told = " | ".join(f"{one['k']}/{one['n']}" for one in counts)
+        assert any(line.startswith(f"| {METHOD_NAMES[key]} | {told} |") for line in lines), (key, told)
 
 
 def test_every_measure_has_a_goal(table):
