@@ -501,7 +501,9 @@ class Edit:
 
     def _check_weights(self, export: str) -> None:
         if self.kind in filters.KINDS:
-            raise ValueError(f"{export} is not for a {self.kind}: {models.NO_WEIGHT}")
+            raise ValueError(
+                f"{export} needs an edit of weights, not the kind {self.kind}: {models.NO_WEIGHT}"
+            )
 
     def _filter(self, model: DiffusionModel, scale: float) -> AbstractContextManager:
         if self.kind not in filters.KINDS:

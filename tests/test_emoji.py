@@ -17,7 +17,7 @@ from erasekit import training, worlds
 from erasekit.emoji import captions, clip, data, judge, train
 from erasekit.emoji.pictures import BACKGROUNDS, Placement, load_sprites, place
 from erasekit.emoji.train import JUDGE_PLACEMENT, contrastive, degrade
-from erasekit.evaluate import metrics, world
+from erasekit.evaluate import metrics, records, world
 from erasekit.experiments import regeneration
 from erasekit.experiments.regeneration import prompts_about, spread
 from erasekit.experiments.report import phrase_prompts, protocols, real_pictures
@@ -463,6 +463,9 @@ def test_readme_has_the_numbers_of_the_report():
             assert f"| {value['k']}/{value['n']} |" in row and f"| {value['rate']:.1%} |" in row
     for number in (report["seconds_16_pictures"], report["weights_mb"], report["peak_memory_mb"]):
         assert str(number) in text
+    taken = {m.step: m.seconds for m in records.read("benchmark_samplers").measurements}
+    ours, before = (f"{taken[step]:.1f} s" for step in ("DPMSolverMultistep, 10 steps", "DDIM, 25 steps"))
+    assert f"takes {ours}, DDIM with 25 steps {before}" in text
 
 
 MEASURED = sorted(file for file in RESULTS.glob("*.json") if not file.stem.startswith("benchmark"))

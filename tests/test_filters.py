@@ -195,11 +195,12 @@ def test_no_export_pretends_to_hold_it(quiet, kind, export, tmp_path):
     edit, other = made(quiet, kind), ek.uce.fit(quiet, "dog")
     given = {"merged": quiet, "rebased": quiet, "compose": other}.get(export, tmp_path / "out.safetensors")
     with pytest.raises(
-        ValueError, match=f"{export} is not for a {kind}: a filter acts when .* is in no weight"
+        ValueError,
+        match=f"{export} needs an edit of weights, not the kind {kind}: a filter acts when .* is in no weight",
     ):
         getattr(edit, export)(given)
     assert not (tmp_path / "out.safetensors").exists()
-    with pytest.raises(ValueError, match=f"compose is not for a {kind}"):
+    with pytest.raises(ValueError, match=f"compose needs an edit of weights, not the kind {kind}"):
         other.compose(edit)
 
 
