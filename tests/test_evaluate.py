@@ -209,9 +209,11 @@ def test_hash_is_the_same_in_another_process():
 
 
 KEY_OF_ANOTHER_SAMPLER = """
+from dataclasses import replace
 import erasekit as ek
 from erasekit.evaluate import protocols, runs
-model, asked = ek.load("emoji", device="cpu"), protocols.deployment("dog", 1)
+model = ek.load("emoji", device="cpu")
+asked = replace(protocols.deployment("dog", 1), sampler="UniPCMultistepScheduler")
 with runs.sampled_by(model, asked.sampler):
     print(runs.model_key(model, [], asked, None), model.scheduler.config["_use_default_values"])
 """
