@@ -142,6 +142,24 @@ def aligned(model, phrase: str, anchor: str) -> tuple[torch.Tensor, torch.Tensor
     return block(model, phrase)[old : LENGTH - (far - old)], block(model, anchor)[new : LENGTH - (far - new)]
 
 
+def check_dogs_go_and_cats_stay(method, folder) -> None:
+    """A closed form on the emoji model; the control is the model as it is."""
+    from erasekit.evaluate.world import Prompt, judged
+
+    model = models.load("emoji", device="cpu")
+    prompts = [Prompt(f"a {name} in flat style", name, "flat") for name in ("dog", "cat")]
+    shown = lambda: (
+        judged(model, prompts, seeds=range(6), steps=12, folder=folder)
+        .query("shown == concept")["concept"]
+        .value_counts()
+    )
+    before = shown()
+    with method.fit(model, "dog", ["cat", "horse", "bird", "deer"]).applied(model):
+        after = shown()
+    assert before["dog"] >= 5 and before["cat"] >= 5
+    assert after.get("dog", 0) <= 1 and after["cat"] >= 5
+
+
 @pytest.fixture(scope="session")
 def shared_model() -> models.DiffusionModel:
     """Read only: a test that changes the model takes `model`."""

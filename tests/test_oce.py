@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import check_dogs_go_and_cats_stay, tiny_pipeline
 from safetensors.torch import load_file
 
 import erasekit as ek
@@ -221,18 +221,4 @@ def test_on_an_accelerator():
 
 @pytest.mark.slow
 def test_dogs_go_and_cats_stay(tmp_path):
-    """On the emoji model; the control is the model as it is."""
-    from erasekit.evaluate.world import Prompt, judged
-
-    model = ek.load("emoji", device="cpu")
-    prompts = [Prompt(f"a {name} in flat style", name, "flat") for name in ("dog", "cat")]
-    shown = lambda: (
-        judged(model, prompts, seeds=range(6), steps=12, folder=tmp_path)
-        .query("shown == concept")["concept"]
-        .value_counts()
-    )
-    before = shown()
-    with oce.fit(model, "dog", ["cat", "horse", "bird", "deer"]).applied(model):
-        after = shown()
-    assert before["dog"] >= 5 and before["cat"] >= 5
-    assert after.get("dog", 0) <= 1 and after["cat"] >= 5
+    check_dogs_go_and_cats_stay(oce, tmp_path)
