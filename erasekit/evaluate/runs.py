@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,6 +175,19 @@ class Run:
         if self.protocol.summary:
             found[self.protocol.summary] = {"harmonic_mean": round(metrics.harmonic_mean(kept), 5)}
         return found
+
+    def curve(self, measure: Measure, thresholds: Sequence[float] | None = None) -> pd.DataFrame:
+        """A rate against its threshold, from the raw scores: {threshold, k, n, rate, low, high}, one row each.
+
+        thresholds: 0, 0.05 ... 1 when None. ValueError for a measure whose rule has no threshold.
+        """
+        if measure.rule not in ("any", "first_listed"):
+            raise ValueError(f'{measure.name}: the rule "{measure.rule}" gives no rate with a threshold')
+        rows = []
+        for threshold in np.linspace(0, 1, 21) if thresholds is None else thresholds:
+            values = self.values(replace(measure, threshold=float(threshold)))
+            rows.append({"threshold": float(threshold)} | metrics.rate(int(values.sum()), len(values)))
+        return pd.DataFrame(rows)
 
     def read_as(self, protocol: Protocol) -> "Run":
         """The same pictures under another protocol's measures. Nothing is drawn or judged."""
