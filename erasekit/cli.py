@@ -30,7 +30,7 @@ app.command(
 notebooks_app = App(name="notebooks", help="Run, refresh and check the notebooks.")
 app.command(notebooks_app)
 
-HEAVY = ("generate", "evaluate", "erase", "run", "attack")  # commands that take seconds to begin
+HEAVY = ("generate", "evaluate", "erase", "run", "attack", "card")  # commands that take seconds to begin
 Model = Annotated[str, Parameter(help="'emoji', a hub id, or a diffusers folder.")]
 Jobs = Annotated[int, Parameter(help="Notebooks run at once; they share the cores.")]
 ProtocolName = Literal["objects", "styles-and-objects", "weapons", "characters", "utility"]
@@ -78,6 +78,42 @@ def generate(
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
     print(out)
+
+
+@app.command
+def card(
+    edit: Annotated[Path, Parameter(help="An edit written by erase.")],
+    *,
+    out: Annotated[
+        Path | None, Parameter(help=".html, or .md for a hub's model page; beside the edit when not given.")
+    ] = None,
+    model: Model = "emoji",
+    prompt: Annotated[
+        list[str],
+        Parameter(
+            help="What is drawn; repeat for more. The concepts by name when not given.", negative_iterable=()
+        ),
+    ] = [],  # noqa: B006
+    seed: int = 0,
+    results: Annotated[
+        Path | None, Parameter(help="A folder of result files; data/results when not given.")
+    ] = None,
+    show: Annotated[
+        bool | None,
+        Parameter(
+            help="Pictures as they are, or blurred. Not given: blurred unless the model is the emoji world's."
+        ),
+    ] = None,
+) -> None:
+    """Write a card: what an edit is, how it is loaded elsewhere, what was measured of it and what was not."""
+    import erasekit as ek
+    from erasekit.card import make
+    from erasekit.paths import RESULTS
+
+    made = make(
+        ek.Edit.load(edit), ek.load(model), prompts=prompt, seed=seed, results=results or RESULTS, show=show
+    )
+    print(made.save(out or edit.with_suffix(".html")))
 
 
 @app.command
