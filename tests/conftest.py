@@ -10,14 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from erasekit import models
+from erasekit.miniatures import LENGTH, WIDTH  # noqa: F401
+from erasekit.miniatures import WORDS as WHOLE  # noqa: F401
+from erasekit.miniatures import clip_tokenizer as tiny_tokenizer
 from erasekit.paths import ROOT
-
-WHOLE = "castle church house dog a an in flat ink style image picture of art".split()  # one token each
-LENGTH, WIDTH = 24, 32
 
 
 @contextmanager
@@ -34,21 +33,6 @@ def benchmark_script(name: str):
     finally:
         sys.path.remove(str(folder))
         sys.modules.pop(name, None)
-
-
-def tiny_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding that knows the words of WHOLE; any other word becomes its letters."""
-    letters = sorted(ByteLevel.alphabet())
-    merges = {}  # in order, without repeats
-    for word in WHOLE:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merges[(pieces[0], pieces[1])] = None
-            pieces[:2] = [pieces[0] + pieces[1]]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=LENGTH)
 
 
 def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:

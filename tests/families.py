@@ -3,29 +3,10 @@
 import diffusers
 import torch
 import transformers
-from conftest import LENGTH, WHOLE, WIDTH, tiny_tokenizer
+from conftest import WHOLE
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-HEADS = dict(num_attention_heads=2, attention_head_dim=8)
-
-
-def clip_config(tokenizer, width: int, **changes) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, projection_dim=width, initializer_factor=10.0, **changes,
-    )  # fmt: skip
-
-
-def t5_tokenizer(cls=transformers.T5Tokenizer):
-    """Unigrams: the words of WHOLE, and letters."""
-    words = [("▁" + word, -1.0) for word in WHOLE if len(word) > 1]
-    letters = [("▁", -2.0), *((one, -3.0) for one in LETTERS)]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return cls(vocab=[*special, *words, *letters], extra_ids=0, model_max_length=LENGTH)
+from erasekit.miniatures import HEADS, LETTERS, flow, flux, sd3, spread, t5, t5_tokenizer, vae
 
 
 def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
@@ -58,13 +39,6 @@ def gemma_tokenizer() -> transformers.GemmaTokenizer:
     return transformers.GemmaTokenizer(vocab=vocab, merges=[])
 
 
-def t5(width: int, tokenizer, cls=transformers.T5EncoderModel, config=transformers.T5Config):
-    return cls(config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-        feed_forward_proj="gated-gelu",
-    ))  # fmt: skip
-
-
 def gemma(width: int, tokenizer) -> transformers.Gemma2Model:
     return transformers.Gemma2Model(transformers.Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -77,54 +51,6 @@ def qwen3(width: int, tokenizer, layers: int, cls=transformers.Qwen3Model):
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8,
     ))  # fmt: skip
-
-
-def vae(levels: int = 2, **changes) -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8,) * (levels - 1) + (16,), down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=4, norm_num_groups=4, sample_size=16, **changes,
-    )  # fmt: skip
-
-
-def flow(**changes) -> diffusers.FlowMatchEulerDiscreteScheduler:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**changes)
-
-
-def sd3(third: bool = True) -> diffusers.StableDiffusion3Pipeline:
-    """Two CLIPs side by side, T5 behind them (as 3.5), or zeros where it is left out."""
-    one, two, three = tiny_tokenizer(), tiny_tokenizer(), t5_tokenizer()
-    two.pad_token = "!"
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=diffusers.SD3Transformer2DModel(
-            **HEADS, sample_size=8, in_channels=4, num_layers=2, joint_attention_dim=80, caption_projection_dim=16,
-            pooled_projection_dim=WIDTH + 40, out_channels=4, pos_embed_max_size=16,
-        ),
-        scheduler=flow(shift=3.0),
-        vae=vae(shift_factor=0.06, scaling_factor=1.5),
-        text_encoder=CLIPTextModelWithProjection(clip_config(one, WIDTH)),
-        tokenizer=one,
-        text_encoder_2=CLIPTextModelWithProjection(clip_config(two, 40, hidden_act="gelu")),
-        tokenizer_2=two,
-        text_encoder_3=t5(80, three) if third else None,
-        tokenizer_3=three if third else None,
-    )  # fmt: skip
-
-
-def flux() -> diffusers.FluxPipeline:
-    """As FLUX.1-dev: T5 for the sequence, CLIP's pooled row beside, guidance as a number."""
-    one, two = tiny_tokenizer(), t5_tokenizer()
-    return diffusers.FluxPipeline(
-        transformer=diffusers.FluxTransformer2DModel(
-            **HEADS, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=24,
-            pooled_projection_dim=WIDTH, axes_dims_rope=(4, 2, 2), guidance_embeds=True,
-        ),
-        scheduler=flow(use_dynamic_shifting=True),
-        vae=vae(shift_factor=0.1, scaling_factor=1.5),
-        text_encoder=CLIPTextModel(clip_config(one, WIDTH)),
-        tokenizer=one,
-        text_encoder_2=t5(24, two),
-        tokenizer_2=two,
-    )  # fmt: skip
 
 
 def chroma() -> diffusers.ChromaPipeline:
@@ -300,7 +226,3 @@ LANGUAGE = (
     transformers.Qwen3ForCausalLM,
     transformers.Qwen2_5_VLForConditionalGeneration,
 )
-
-
-def spread(weight: torch.Tensor, gain: float) -> None:
-    nn.init.normal_(weight, std=gain * weight[0].numel() ** -0.5)

@@ -10,7 +10,7 @@ from erasekit.paths import ROOT
 # From the ground up: a file or folder imports from those before it and from its own; methods and attacks are neighbors.
 FLOORS = (
     "paths concepts conditioning layers sampling closed_form filters training tokens worlds pipelines checkpoints "
-    "models text_entries edits prompt_rows retained settings states recorded tuning "
+    "miniatures models text_entries edits prompt_rows retained settings states recorded tuning "
     "emoji evaluate methods|attacks experiments figures card exercises widgets notebooks __init__ cli_methods cli "
     "__main__"
 ).split()
