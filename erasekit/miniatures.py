@@ -1,4 +1,4 @@
-"""Small random pipelines of SDXL, SD 3 and FLUX.1, of the real classes, for notebooks and tests.
+"""Small random pipelines of SD 1, SDXL, SD 3 and FLUX.1, of the real classes, for notebooks and tests.
 
 Nothing is downloaded: each is made of configs, in a second, and loads, draws, trains and exports as a published one
 does. Its weights are random, so its pictures mean nothing. What does not depend on training can be tried on it: where
@@ -20,7 +20,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HEADS = dict(num_attention_heads=2, attention_head_dim=8)
 
 
-def clip_tokenizer(words: Sequence[str] = WORDS) -> transformers.CLIPTokenizer:
+def clip_tokenizer(words: Sequence[str] = WORDS, length: int = LENGTH) -> transformers.CLIPTokenizer:
     """Byte pairs that know the words; any other word becomes its letters."""
     letters = sorted(ByteLevel.alphabet())
     merges = {}  # in order, without repeats
@@ -32,22 +32,23 @@ def clip_tokenizer(words: Sequence[str] = WORDS) -> transformers.CLIPTokenizer:
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=LENGTH)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=length)
 
 
-def t5_tokenizer(words: Sequence[str] = WORDS) -> transformers.T5Tokenizer:
+def t5_tokenizer(words: Sequence[str] = WORDS, length: int = LENGTH) -> transformers.T5Tokenizer:
     """Unigrams: the words, and letters."""
     known = [("▁" + word, -1.0) for word in words if len(word) > 1]
     letters = [("▁", -2.0), *((one, -3.0) for one in LETTERS)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return transformers.T5Tokenizer(vocab=[*special, *known, *letters], extra_ids=0, model_max_length=LENGTH)
+    return transformers.T5Tokenizer(vocab=[*special, *known, *letters], extra_ids=0, model_max_length=length)
 
 
 def clip_config(tokenizer, width: int, **changes) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, projection_dim=width, initializer_factor=10.0, **changes,
+        max_position_embeddings=tokenizer.model_max_length, projection_dim=width, initializer_factor=10.0,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **changes,
     )  # fmt: skip
 
 
@@ -69,9 +70,30 @@ def flow(**changes) -> diffusers.FlowMatchEulerDiscreteScheduler:
     return diffusers.FlowMatchEulerDiscreteScheduler(**changes)
 
 
-def sdxl(words: Sequence[str] = WORDS) -> diffusers.StableDiffusionXLPipeline:
+def sd1(words: Sequence[str] = WORDS, length: int = LENGTH) -> diffusers.StableDiffusionPipeline:
+    """One CLIP, keys and values of its rows in every cross-attention."""
+    one = clip_tokenizer(words, length)
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(scaling_factor=0.18),
+        text_encoder=CLIPTextModel(clip_config(one, WIDTH)),
+        tokenizer=one,
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=WIDTH,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sdxl(words: Sequence[str] = WORDS, length: int = LENGTH) -> diffusers.StableDiffusionXLPipeline:
     """Two CLIPs side by side; the pooled row of the second, and sizes, beside them."""
-    one, two = clip_tokenizer(words), clip_tokenizer(words)
+    one, two = clip_tokenizer(words, length), clip_tokenizer(words, length)
     two.pad_token = "!"
     return diffusers.StableDiffusionXLPipeline(
         vae=vae(scaling_factor=0.13),
@@ -93,9 +115,13 @@ def sdxl(words: Sequence[str] = WORDS) -> diffusers.StableDiffusionXLPipeline:
     )  # fmt: skip
 
 
-def sd3(words: Sequence[str] = WORDS) -> diffusers.StableDiffusion3Pipeline:
+def sd3(words: Sequence[str] = WORDS, length: int = LENGTH) -> diffusers.StableDiffusion3Pipeline:
     """Two CLIPs side by side, T5 behind them (as 3.5), and the pooled rows of both CLIPs."""
-    one, two, three = clip_tokenizer(words), clip_tokenizer(words), t5_tokenizer(words)
+    one, two, three = (
+        clip_tokenizer(words, length),
+        clip_tokenizer(words, length),
+        t5_tokenizer(words, length),
+    )
     two.pad_token = "!"
     return diffusers.StableDiffusion3Pipeline(
         transformer=diffusers.SD3Transformer2DModel(
@@ -113,9 +139,9 @@ def sd3(words: Sequence[str] = WORDS) -> diffusers.StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
-def flux(words: Sequence[str] = WORDS) -> diffusers.FluxPipeline:
+def flux(words: Sequence[str] = WORDS, length: int = LENGTH) -> diffusers.FluxPipeline:
     """As FLUX.1-dev: T5 for the sequence, CLIP's pooled row beside, guidance as a number."""
-    one, two = clip_tokenizer(words), t5_tokenizer(words)
+    one, two = clip_tokenizer(words, length), t5_tokenizer(words, length)
     return diffusers.FluxPipeline(
         transformer=diffusers.FluxTransformer2DModel(
             **HEADS, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=24,
@@ -130,7 +156,7 @@ def flux(words: Sequence[str] = WORDS) -> diffusers.FluxPipeline:
     )  # fmt: skip
 
 
-FAMILIES = {make.__name__: make for make in (sdxl, sd3, flux)}
+FAMILIES = {make.__name__: make for make in (sd1, sdxl, sd3, flux)}
 
 
 def spread(weight: torch.Tensor, gain: float = 1.0) -> None:
@@ -138,18 +164,20 @@ def spread(weight: torch.Tensor, gain: float = 1.0) -> None:
     nn.init.normal_(weight, std=gain * weight[0].numel() ** -0.5)
 
 
-def pipeline(family: str, seed: int = 0, words: Sequence[str] = WORDS) -> diffusers.DiffusionPipeline:
-    """A pipeline of "sdxl", "sd3" or "flux", the same for the same seed and words.
+def pipeline(
+    family: str, seed: int = 0, words: Sequence[str] = WORDS, length: int = LENGTH
+) -> diffusers.DiffusionPipeline:
+    """A pipeline of "sd1", "sdxl", "sd3" or "flux", the same for the same seed and words.
 
-    words: those that are one token each. Every matrix of the text encoders and the denoiser is normal, and none shrinks
-    or swells what it reads (`spread`): words differ, both entries count, and no layer begins with zeros. ValueError for
-    another family.
+    words: those that are one token each. length: of a prompt in tokens. Every matrix of the text encoders and the
+    denoiser is normal, and none shrinks or swells what it reads (`spread`): words differ, all entries count, and no
+    layer begins with zeros. ValueError for another family.
     """
     if family not in FAMILIES:
         raise ValueError(f"there are miniatures of {', '.join(FAMILIES)}, got {family!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = FAMILIES[family](words)
+        made = FAMILIES[family](words, length)
         parts = [
             part
             for name, part in made.components.items()
