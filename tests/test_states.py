@@ -606,6 +606,14 @@ with edit.applied(model):
     model.generate(["a church"], seeds=[0], steps=2)
 edit.save("church.safetensors")
 ek.Edit.load("church.safetensors").to_lora("lora", model=model)
+from dataclasses import replace
+from erasekit.methods import METHODS
+small = dict(iterations=1, sampler=2, early=1, pictures=1, attack_steps=1, batch=1, lam=0.1, warmup=0)
+for name, method in METHODS.items():
+    config = method.Config()
+    config = replace(config, **{key: value for key, value in small.items() if hasattr(config, key)})
+    fitted = method.fit(model, "church", config=config)
+    assert fitted.tensors, name
 try:
     ek.load("emoji")
 except FileNotFoundError as error:

@@ -45,7 +45,6 @@ from erasekit.conditioning import joined, predict
 from erasekit.edits import Edit
 from erasekit.layers import unet_parameters
 from erasekit.models import DiffusionModel
-from erasekit.paths import DATA
 from erasekit.retained import retained
 from erasekit.sampling import config_of, ddim, walk
 from erasekit.settings import EMOJI_TEMPLATES, asked, check
@@ -55,7 +54,7 @@ from erasekit.tuning import check_changed, descend, difference, trainee
 
 Token = Literal["sot", "key", "eot", "last", "all"]
 Stages = Literal["both", "text", "trajectory"]
-PHRASES = DATA / "trce" / "phrases.csv"
+PHRASES = Path(__file__).with_name("trce_phrases.csv")
 
 # ours; the paper's come from another project
 TEMPLATES = (
@@ -166,7 +165,7 @@ def _phrases() -> dict[str, tuple[tuple[str, str], ...]]:
 
 
 def phrases(concept: Concept, anchor: str | None, config: Config) -> list[tuple[str, str]]:
-    """(malicious, safe) phrases of a concept: those of `data/trce/phrases.csv`, else its name and synonyms.
+    """(malicious, safe) phrases of a concept: those of `trce_phrases.csv` beside this file, else its name and synonyms.
 
     Safe is `anchor`, else the concept's own, else the file's, else the config's.
     """
