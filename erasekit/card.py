@@ -297,65 +297,65 @@ def measured_of(edit: Edit, folder: Path = RESULTS) -> pd.DataFrame:
     attack, step, measure, what (in words), rate, before, after, control (texts, empty where there is none), exact
     (whether it is of this very edit; False: of one with the same method, settings and concepts).
     """
-    found = {name: one for name, one in records.all_of(*KINDS, folder=folder).items() if one.measurements}
     columns = "file command protocol hash attack step measure what rate before after control exact".split()
-    if not found:
-        return pd.DataFrame(columns=columns)
-    beside = {
-        (
-            row["edit"],
-            row["protocol"],
-            row["hash"],
-            row["attack"] or "",
-            row["step"] or "",
-            row["measure"],
-        ): row["text"]
-        for row in records.tables(found).astype(object).where(lambda t: t.notna(), None).to_dict("records")
-        if row["edit"] in (records.ORIGINAL, records.NO_TEXT)
+    found = records.all_of(*KINDS, folder=folder)
+    mine = {
+        name: {
+            label: made
+            for label, made in one.edits.items()
+            if made.digest == edit.digest or _same(one, made, edit)
+        }
+        for name, one in found.items()
     }
-    rows = []
-    for name, result in found.items():
-        for label, made in result.edits.items():
-            exact = made.digest == edit.digest
-            if not exact and not _same(made, edit):
-                continue
-            for m in result.measurements:
-                if m.edit != label or m.measure not in COUNTED:
-                    continue
-                where = (m.protocol, m.hash[:8], m.attack or "", m.step or "", m.measure)
-                rows.append(
-                    {
-                        "file": f"{name}.json",
-                        "command": result.command,
-                        "protocol": m.protocol,
-                        "hash": m.hash[:8],
-                        "attack": m.attack,
-                        "step": m.step,
-                        "measure": m.measure,
-                        "what": COUNTED[m.measure],
-                        "rate": m.value.get("rate", m.value.get("mean")),
-                        "before": beside.get((records.ORIGINAL, *where), ""),
-                        "after": records.shown(m.value),
-                        "control": beside.get((records.NO_TEXT, *where), ""),
-                        "exact": exact,
-                    }
-                )
+    beside = {}
+    if any(mine.values()):
+        beside = {
+            (m.edit, *_where(m)): records.shown(m.value)
+            for one in found.values()
+            for m in one.measurements
+            if m.edit in (records.ORIGINAL, records.NO_TEXT)
+        }
+    rows = [
+        {
+            "file": f"{name}.json",
+            "command": found[name].command,
+            "protocol": m.protocol,
+            "hash": m.hash[:8],
+            "attack": m.attack,
+            "step": m.step,
+            "measure": m.measure,
+            "what": COUNTED[m.measure],
+            "rate": m.value.get("rate", m.value.get("mean")),
+            "before": beside.get((records.ORIGINAL, *_where(m)), ""),
+            "after": records.shown(m.value),
+            "control": beside.get((records.NO_TEXT, *_where(m)), ""),
+            "exact": made.digest == edit.digest,
+        }
+        for name, edits in mine.items()
+        for label, made in edits.items()
+        for m in found[name].measurements
+        if m.edit == label and m.measure in COUNTED
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _same(made: records.EditMade, edit: Edit) -> bool:
-    """Whether a measured edit has the same method, settings (those that came later by their defaults) and concepts."""
+def _where(m: records.Measurement) -> tuple:
+    """What two measurements share that may stand side by side."""
+    return m.protocol, m.hash, m.attack, m.step, m.measure
+
+
+def _same(result: records.Result, made: records.EditMade, edit: Edit) -> bool:
+    """Whether an edit of the same model was measured that has the same method, settings (those that came later by their
+    defaults) and concepts.
+    """
     told = edit.metadata
-    if (
-        made.method != told.get("method")
-        or made.method not in METHODS
-        or not isinstance(told.get("config"), dict)
-    ):
+    config, known = told.get("config"), made.method in METHODS and made.method == told.get("method")
+    if not known or not isinstance(config, dict) or result.fingerprint != told["base"]:
         return False
     defaults = records.plain(asdict(METHODS[made.method].Config()))
     concepts = told.get("concepts", {})
     return (
-        defaults | made.config == defaults | told["config"]
+        defaults | made.config == defaults | config
         and set(made.erased) == set(concepts.get("erase", []))
         and made.preserved is not None
         and set(made.preserved) == set(concepts.get("preserve", []))

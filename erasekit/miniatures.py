@@ -6,13 +6,22 @@ text enters, what an edit does there, what it leaves, what other programs make o
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 
 WORDS = tuple("castle church house dog a an in flat ink style image picture of art".split())
 LENGTH, WIDTH = 24, 32  # tokens of a prompt, columns of the first CLIP
@@ -83,7 +92,8 @@ def sd1(words: Sequence[str] = WORDS, length: int = LENGTH) -> diffusers.StableD
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
         scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -187,3 +197,22 @@ def pipeline(
             if parameter.ndim > 1:
                 spread(parameter)
     return made
+
+
+def clip(folder: str | Path, words: Sequence[str] = WORDS, length: int = 77, seed: int = 0) -> Path:
+    """A CLIP of text and pictures with random weights, written to a folder as the hub has it: a judge to try code with.
+    Its tokenizer is that of a pipeline with the same words and length.
+    """
+    tokenizer = clip_tokenizer(words, length)
+    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = part | dict(
+        vocab_size=len(tokenizer), max_position_embeddings=length, eos_token_id=tokenizer.eos_token_id
+    )
+    vision = part | dict(image_size=32, patch_size=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    model.save_pretrained(folder)
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    return Path(folder)

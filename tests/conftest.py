@@ -35,8 +35,8 @@ def benchmark_script(name: str):
         sys.modules.pop(name, None)
 
 
-def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    tokenizer = tiny_tokenizer()
+def tiny_pipeline(seed: int = 0, length: int = LENGTH) -> StableDiffusionPipeline:
+    tokenizer = tiny_tokenizer(length=length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -46,7 +46,7 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
                 intermediate_size=64,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                max_position_embeddings=LENGTH,
+                max_position_embeddings=length,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,

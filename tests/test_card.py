@@ -22,25 +22,28 @@ def edit(model):
     return ek.uce.fit(model, "cat", ["dog"], config=ek.uce.Config())
 
 
-def written(folder, name, made: EditMade, rates, **more):
-    """A result file: rates {(measure, edit): (k, n)}."""
+def written(folder, name, made: EditMade, rates, base, **more):
+    """A result file: rates {(measure, edit): (k, n)} on the model with the fingerprint `base`."""
     rows = tuple(
         Measurement(measure, metrics.rate(*kn), of, "p", HASH, **more) for (measure, of), kn in rates.items()
     )
     kind = "attack" if "attack" in more else "deployment" if "step" in more else "protocol"
-    found = Result(f"make {name}", kind, erased=("cat",), edits={made.label: made}, measurements=rows)
+    found = Result(f"make {name}", kind, base, erased=("cat",), edits={made.label: made}, measurements=rows)
     records.save(found, folder / f"{name}.json")
 
 
-def results(folder, edit, **changes):
+def results(folder, edit, base=None, **changes):
     """One protocol, one attack and two ways of use of an edit like `edit`."""
+    base = base or edit.metadata["base"]
     made = replace(EditMade.of(edit, ek.uce.Config()), **changes)
     both = lambda measure, before, after: {(measure, "original"): before, (measure, "uce"): after}
-    written(folder, "asked", made, both("target", (30, 30), (2, 30)) | both("others", (29, 30), (28, 30)))
+    written(
+        folder, "asked", made, both("target", (30, 30), (2, 30)) | both("others", (29, 30), (28, 30)), base
+    )
     attacked = both("raw", (20, 20), (0, 20)) | both("attack", (20, 20), (7, 20))
-    written(folder, "attacked", made, attacked | {("attack", "no text"): (3, 20)}, attack="Search")
-    written(folder, "merged", made, both("target", (30, 30), (29, 30)), step="averaged")
-    written(folder, "rounded", made, both("target", (30, 30), (1, 30)), step="rounded")
+    written(folder, "attacked", made, attacked | {("attack", "no text"): (3, 20)}, base, attack="Search")
+    written(folder, "merged", made, both("target", (30, 30), (29, 30)), base, step="averaged")
+    written(folder, "rounded", made, both("target", (30, 30), (1, 30)), base, step="rounded")
 
 
 def test_numbers_are_those_of_the_files(model, edit, tmp_path):
@@ -63,7 +66,7 @@ def test_numbers_are_those_of_the_files(model, edit, tmp_path):
 
 
 def test_another_edit_has_no_share_in_them(model, edit, tmp_path):
-    """Control of the test above: other settings, other concepts, and preserved concepts that were not written down."""
+    """Control of the test above: other settings, concepts and models, preserved concepts that were not written down."""
     other = ek.uce.Config(lam=0.7)
     for changes in (
         {"config": records.plain(ek.uce.fit(model, "cat", ["dog"], config=other).metadata["config"])},
@@ -71,6 +74,7 @@ def test_another_edit_has_no_share_in_them(model, edit, tmp_path):
         {"preserved": ("fox",)},
         {"preserved": None},
         {"method": "rece"},
+        {"base": "0" * 64},
     ):
         for old in tmp_path.glob("*.json"):
             old.unlink()

@@ -5,24 +5,15 @@ import hashlib
 import json
 import subprocess
 
-import conftest
 import nbformat
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_tokenizer
+from conftest import tiny_pipeline
 from diffusers import PNDMScheduler
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-)
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import erasekit as ek
-from erasekit import models, notebooks
+from erasekit import miniatures, models, notebooks
 from erasekit.evaluate import protocols, runs
 from erasekit.evaluate.protocols import IMAGENETTE
 from erasekit.experiments import tables
@@ -41,28 +32,14 @@ SMALL = dict(
 def folder(tmp_path_factory):
     """A tiny pipeline, and tiny judges under their hub ids."""
     place = tmp_path_factory.mktemp("hub")
-    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(conftest, "LENGTH", 77)  # the presets' own words do not fit into less
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = tiny_pipeline()
+        pipeline = tiny_pipeline(length=77)  # the presets' own words do not fit into less
         pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
         models.load(pipeline).save_pretrained(place / "model")
-        tokenizer = tiny_tokenizer()
-        part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-        text = part | dict(
-            vocab_size=len(tokenizer), max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id
-        )
-        clip = CLIPModel(
-            CLIPConfig(
-                text_config=text, vision_config=part | dict(image_size=32, patch_size=8), projection_dim=8
-            )
-        )
-        images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
         for name in (tables.CLIP, tables.CIFAR_CLIP):
-            clip.save_pretrained(place / "judges" / name)
-            CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(
-                place / "judges" / name
-            )
+            miniatures.clip(place / "judges" / name)
+        part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
         labels = dict(enumerate(IMAGENETTE.values()))
         classifier = ViTForImageClassification(
             ViTConfig(**part, image_size=32, patch_size=8, id2label=labels)
