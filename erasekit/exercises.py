@@ -255,3 +255,46 @@ def check_average_of_weights(theirs: Callable[[Tensor, Tensor, float], Tensor]) 
             f"with share {share:g} the average should be the edit at that strength"
         )
     print("average_of_weights: all tests passed")
+
+
+def entry_weight(weight: Tensor, bias: Tensor, c: Tensor, c_star: Tensor) -> Tensor:
+    """W' = W + W (c* - c) c^T / ||c||^2, whatever the bias: W' c + b = W c* + b, and what is at a right angle to c is
+    read as before.
+    """
+    return weight + torch.outer(weight @ (c_star - c), c) / (c @ c)
+
+
+def check_entry_weight(theirs: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Notebook 13, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    weight, bias, c, c_star, other = draw(5, 6), 3 * draw(5), draw(6), draw(6), draw(6)
+    found = theirs(weight, bias, c, c_star)
+    assert found.shape == (5, 6), f"a weight, (5, 6); yours is {tuple(found.shape)}"
+    wanted = weight @ c_star + bias
+    assert torch.allclose(found @ c + bias, wanted), (
+        f"the layer should give for c what it gave for c*; yours is off by {(found @ c + bias - wanted).norm():.2g}"
+    )
+    apart = other - (other @ c) / (c @ c) * c
+    assert torch.allclose(found @ apart, weight @ apart), (
+        "a row at a right angle to c should be read as before"
+    )
+    print("entry_weight: all tests passed")
+
+
+def noise_of(x: Tensor, velocity: Tensor, s: float) -> Tensor:
+    """e = x_s + (1 - s) v, from x_s = (1 - s) x_0 + s e and v = e - x_0."""
+    return x + (1 - s) * velocity
+
+
+def check_noise_of(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 13, exercise 2."""
+    generator = torch.Generator().manual_seed(0)
+    picture, noise = (torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    for s in (0.0, 0.3, 1.0):
+        x = (1 - s) * picture + s * noise
+        found = theirs(x, noise - picture, s)
+        assert torch.allclose(found, noise), (
+            f"at s = {s:g} the noise is off by {(found - noise).norm():.2g}: what is left of x_s without the picture?"
+        )
+    print("noise_of: all tests passed")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import erasekit as ek
-from erasekit import miniatures
+from erasekit import exercises, miniatures
 from erasekit.text_entries import fed, leaves, text_entries
 
 CLASSES = {
@@ -72,3 +72,16 @@ def test_words_are_one_token_each(family):
 def test_another_family_is_refused():
     with pytest.raises(ValueError, match="miniatures of sd1, sdxl, sd3, flux, got 'pixart'"):
         miniatures.pipeline("pixart")
+
+
+def test_the_exercises_tell_right_from_wrong():
+    exercises.check_entry_weight(exercises.entry_weight)
+    folded = lambda w, b, c, c_star: w + torch.outer(w @ (c_star - c) + b, c) / (c @ c)
+    with pytest.raises(AssertionError, match="yours is off by"):
+        exercises.check_entry_weight(folded)
+    everything = lambda w, b, c, c_star: torch.outer(w @ c_star, c) / (c @ c)
+    with pytest.raises(AssertionError, match="right angle"):
+        exercises.check_entry_weight(everything)
+    exercises.check_noise_of(exercises.noise_of)
+    with pytest.raises(AssertionError, match="off by"):
+        exercises.check_noise_of(lambda x, v, s: x + s * v)
