@@ -55,7 +55,7 @@ def test_every_way_in_of_the_text_is_heard(family):
         dog, house = predicted(model, "a dog"), predicted(model, "a house")
         heard = (dog - house).norm() / house.norm()
         if pooled:  # of SD 1 nothing is shut yet
-            assert heard > 1e-3  # of 512 rows of FLUX.1 two differ
+            assert heard > 1e-3  # in FLUX.1 one token of 512 differs
         else:
             assert heard < 1e-6  # control: both are shut
 
