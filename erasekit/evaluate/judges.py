@@ -23,6 +23,8 @@ from PIL.Image import Image, Resampling
 from PIL.ImageOps import fit
 from safetensors.torch import load_file
 
+from erasekit.models import quietly
+
 Record = dict[str, float] | list[dict]
 
 
@@ -169,8 +171,9 @@ class Classifier:
     def _parts(self):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        model = AutoModelForImageClassification.from_pretrained(self.source).eval().to(self.device)
-        return model, AutoImageProcessor.from_pretrained(self.source)
+        with quietly():
+            model = AutoModelForImageClassification.from_pretrained(self.source).eval().to(self.device)
+            return model, AutoImageProcessor.from_pretrained(self.source)
 
     @cached_property
     def version(self) -> str:
@@ -203,9 +206,9 @@ class Clip:
     def _parts(self):
         from transformers import AutoProcessor, CLIPModel
 
-        return CLIPModel.from_pretrained(self.source).eval().to(self.device), AutoProcessor.from_pretrained(
-            self.source
-        )
+        with quietly():
+            model = CLIPModel.from_pretrained(self.source).eval().to(self.device)
+            return model, AutoProcessor.from_pretrained(self.source)
 
     @cached_property
     def version(self) -> str:
@@ -253,7 +256,8 @@ class ClipProbe:
         from transformers import AutoImageProcessor, CLIPModel
 
         prompts = load_file(self.probe)["prompts"].float()
-        model = CLIPModel.from_pretrained(self.source).eval().to(self.device)
+        with quietly():
+            model = CLIPModel.from_pretrained(self.source).eval().to(self.device)
         if prompts.shape != (2, model.config.projection_dim):
             raise ValueError(
                 f"{self.probe} holds prompts {tuple(prompts.shape)}, this CLIP needs (2, {model.config.projection_dim})"
