@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         rece,
         safree,
         semantic_surgery,
+        sld,
         speed,
         trce,
         uce,
@@ -62,6 +63,7 @@ __all__ = [
     "adavd",
     "semantic_surgery",
     "safree",
+    "sld",
 ]
 
 # Loaded on first use, so that the command line and the notebook runner start without torch.
@@ -83,6 +85,7 @@ _HOME = {
     "adavd": "erasekit.methods",
     "semantic_surgery": "erasekit.methods",
     "safree": "erasekit.methods",
+    "sld": "erasekit.methods",
 }
 
 

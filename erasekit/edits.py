@@ -38,9 +38,10 @@ class Edit:
     pipeline part in front: tensor of the parameter's shape}, added to it; with `left` and `right` beside them the
     map comes first, as in an edit of two stages. kind "text_encoder": the same for
     parameters of the text encoder alone; it may be applied to any model with that text encoder. kinds
-    "prompt_filter" and "attention_filter" change no weight: see `filters`; metadata `filter` says {formula: its
-    name, and its settings}; a prompt_filter may be applied where a "text_encoder" may. The tensors are on the CPU
-    and are exactly what `save` writes, so pictures are the same before and after saving.
+    "prompt_filter", "attention_filter" and "guidance_filter" change no weight: see `filters`; metadata `filter`
+    says {formula: its name, and its settings}; a prompt_filter and a guidance_filter may be applied where a
+    "text_encoder" may. The tensors are on the CPU and are exactly what `save` writes, so pictures are the same
+    before and after saving.
 
     metadata: method, config, concepts, base (fingerprint of the model it was made for), text_base (the same of its
     text encoder), source (where that model came from), versions, license.
@@ -533,7 +534,7 @@ class Edit:
                 f"a {self.kind} is for Stable Diffusion 1 and 2; {type(model.pipeline).__name__} reads text elsewhere "
                 "as well, which it would not filter"
             )
-        if self.kind in ("text_encoder", "prompt_filter"):
+        if self.kind in ("text_encoder", "prompt_filter", "guidance_filter"):
             if (found := model.text_fingerprint()) != self.metadata["text_base"]:
                 raise ValueError(
                     f"this edit was made for the text encoder {self.metadata['text_base']}, not for {found}: "

@@ -40,6 +40,7 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "adavd": "AdaVD",
     "semantic_surgery": "Semantic Surgery",
     "safree": "SAFREE",
+    "sld": "SLD",
 }
 METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
     "original": "#4d4d4d",
@@ -56,6 +57,7 @@ METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same 
     "adavd": "#8c564b",
     "semantic_surgery": "#8c6bb1",
     "safree": "#17becf",
+    "sld": "#6b8e23",
 }
 METHOD_MARKERS = {
     "original": "o",
@@ -72,6 +74,7 @@ METHOD_MARKERS = {
     "adavd": "<",
     "semantic_surgery": ">",
     "safree": "H",
+    "sld": "8",
 }
 
 

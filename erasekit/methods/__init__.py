@@ -11,6 +11,7 @@ from erasekit.methods import (
     rece,
     safree,
     semantic_surgery,
+    sld,
     speed,
     trce,
     uce,
@@ -18,6 +19,6 @@ from erasekit.methods import (
 
 METHODS = {"uce": uce, "esd": esd, "mace": mace, "rece": rece, "realera": realera, "trce": trce,
            "advunlearn": advunlearn, "dp": dp, "speed": speed, "oce": oce,
-           "adavd": adavd, "semantic_surgery": semantic_surgery, "safree": safree}  # fmt: skip
+           "adavd": adavd, "semantic_surgery": semantic_surgery, "safree": safree, "sld": sld}  # fmt: skip
 
 __all__ = ["METHODS", *METHODS]
