@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -21,15 +22,20 @@ from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 
 judges.register(Brightness())
 PROMPTS = ["a church in flat style", "a dog"]
-MAKERS = {"attention_filter": ek.adavd, "prompt_filter": ek.semantic_surgery}  # one of each kind
-both = pytest.mark.parametrize("kind", MAKERS)
+MAKERS = {"attention_filter": ek.adavd, "prompt_filter": ek.semantic_surgery, "guidance_filter": ek.sld}
+STRONG = {
+    "attention_filter": {"b": 0.5},
+    "prompt_filter": {"beta": 0.0, "gamma": 0.1},
+    "guidance_filter": {"delta": 0, "lam": 1.0},
+}
+WEAK = {"attention_filter": {"c": 0.5}, "prompt_filter": {"strength": 0.5}, "guidance_filter": {"lam": -0.2}}
+each = pytest.mark.parametrize("kind", MAKERS)
 
 
 def made(model, kind: str, erase="church") -> Edit:
     """Strong enough to be seen on a random model, whose prompts are much alike."""
-    changes = {"b": 0.5} if kind == "attention_filter" else {"beta": 0.0, "gamma": 0.1}
     module = MAKERS[kind]
-    edit = module.fit(model, erase, config=dataclasses.replace(module.Config(), **changes))
+    edit = module.fit(model, erase, config=dataclasses.replace(module.Config(), **STRONG[kind]))
     assert edit.kind == kind
     return edit
 
@@ -70,7 +76,7 @@ def quiet(model):
 # Applied, undone, saved
 
 
-@both
+@each
 def test_it_acts_by_both_ways_of_drawing_and_is_gone_afterwards(quiet, kind):
     plain, edit = pictures(quiet), made(quiet, kind)
     weights = {id(p): p.data_ptr() for p in quiet.unet.parameters()}
@@ -83,7 +89,7 @@ def test_it_acts_by_both_ways_of_drawing_and_is_gone_afterwards(quiet, kind):
     assert hooks(quiet) == 0 and np.array_equal(pictures(quiet), plain)
 
 
-@both
+@each
 def test_it_is_gone_after_an_exception(quiet, kind):
     plain = pictures(quiet)
     with pytest.raises(KeyError), made(quiet, kind).applied(quiet):
@@ -91,7 +97,7 @@ def test_it_is_gone_after_an_exception(quiet, kind):
     assert hooks(quiet) == 0 and quiet._active == [] and np.array_equal(pictures(quiet), plain)
 
 
-@both
+@each
 def test_no_strength_is_no_change_and_strengths_are_told_apart(quiet, kind):
     plain, edit, drawn = pictures(quiet), made(quiet, kind), {}
     for scale in (0.0, 0.5, 1.0):
@@ -102,7 +108,7 @@ def test_no_strength_is_no_change_and_strengths_are_told_apart(quiet, kind):
     assert 0 < np.abs(drawn[0.5] - plain).mean() != np.abs(drawn[1.0] - plain).mean()
 
 
-@both
+@each
 def test_a_file_gives_the_same_pictures(quiet, kind, tmp_path):
     edit = made(quiet, kind)
     edit.save(tmp_path / "filter.safetensors")
@@ -116,11 +122,11 @@ def test_a_file_gives_the_same_pictures(quiet, kind, tmp_path):
         assert np.array_equal(pictures(quiet), drawn)
 
 
-@both
+@each
 def test_settings_are_part_of_the_digest_and_of_the_summary(quiet, kind):
     """The tensors are the same."""
     module, edit = MAKERS[kind], made(quiet, kind)
-    name = "a" if kind == "attention_filter" else "gamma"
+    name = {"attention_filter": "a", "prompt_filter": "gamma", "guidance_filter": "s_s"}[kind]
     settings = module.Config(**edit.metadata["config"] | {"template": "{}", name: 3.0})
     other = module.fit(quiet, "church", config=settings)
     assert all(torch.equal(tensor, other.tensors[key]) for key, tensor in edit.tensors.items())
@@ -135,7 +141,7 @@ def test_a_file_that_names_no_formula_is_refused(quiet):
             Edit("prompt_filter", edit.tensors, edit.metadata | {"filter": None} | wrong)
 
 
-@both
+@each
 def test_beside_an_edit_of_the_weights_it_acts_on_what_they_give_whichever_is_outside(quiet, kind):
     """A filter is a function of the model at hand, so the order of nesting does not matter."""
     plain, one, other = pictures(quiet), made(quiet, kind), ek.uce.fit(quiet, "dog", "house")
@@ -152,8 +158,9 @@ def test_beside_an_edit_of_the_weights_it_acts_on_what_they_give_whichever_is_ou
     assert hooks(quiet) == 0 and np.array_equal(pictures(quiet), plain)
 
 
-def test_a_filter_of_prompts_and_one_of_values_nest_in_any_order(quiet):
-    one, other = made(quiet, "attention_filter"), made(quiet, "prompt_filter", "dog")
+@pytest.mark.parametrize("kinds", combinations(MAKERS, 2))
+def test_filters_of_two_kinds_nest_in_any_order(quiet, kinds):
+    one, other = made(quiet, kinds[0]), made(quiet, kinds[1], "dog")
     found = []
     for outer, inner in ((one, other), (other, one)):
         with outer.applied(quiet), inner.applied(quiet):
@@ -161,8 +168,9 @@ def test_a_filter_of_prompts_and_one_of_values_nest_in_any_order(quiet):
     assert np.array_equal(*found)
 
 
-def test_two_filters_of_values_do_both_act(quiet):
-    one, other = made(quiet, "attention_filter"), made(quiet, "attention_filter", "dog")
+@pytest.mark.parametrize("kind", ["attention_filter", "guidance_filter"])
+def test_two_filters_of_one_kind_do_both_act(quiet, kind):
+    one, other = made(quiet, kind), made(quiet, kind, "dog")
     with one.applied(quiet):
         alone = pictures(quiet)
         with other.applied(quiet):
@@ -170,12 +178,13 @@ def test_two_filters_of_values_do_both_act(quiet):
         assert np.array_equal(pictures(quiet), alone)
 
 
-def test_a_filter_of_prompts_fits_any_model_with_that_text_encoder(quiet):
+def test_a_filter_of_prompts_or_of_guidance_fits_any_model_with_that_text_encoder(quiet):
     sibling = quiet.copy()
     sibling.unet.conv_in.weight.data += 0.1
     sibling = ek.load(sibling.pipeline)
-    with made(quiet, "prompt_filter").applied(sibling):
-        pass
+    for kind in ("prompt_filter", "guidance_filter"):
+        with made(quiet, kind).applied(sibling):
+            pass
     with (
         pytest.raises(ValueError, match="made for the model"),
         made(quiet, "attention_filter").applied(sibling),
@@ -186,7 +195,7 @@ def test_a_filter_of_prompts_fits_any_model_with_that_text_encoder(quiet):
 # What has no place for a filter
 
 
-@both
+@each
 @pytest.mark.parametrize(
     "export",
     "merged to_lora to_kohya to_lycoris to_text_encoder to_projections compose rebased".split(),
@@ -204,7 +213,7 @@ def test_no_export_pretends_to_hold_it(quiet, kind, export, tmp_path):
         other.compose(edit)
 
 
-@both
+@each
 def test_a_model_is_not_written_or_copied_while_a_filter_acts(quiet, kind, tmp_path):
     edit = made(quiet, kind)
     with edit.applied(quiet):
@@ -218,7 +227,7 @@ def test_a_model_is_not_written_or_copied_while_a_filter_acts(quiet, kind, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@both
+@each
 def test_another_model_around_the_same_pipeline_does_not_mistake_what_it_keeps(quiet, kind):
     """Its runs and caches would be those of the unfiltered model: the weights are the same."""
     other = ek.load(quiet.pipeline)
@@ -231,7 +240,7 @@ def test_another_model_around_the_same_pipeline_does_not_mistake_what_it_keeps(q
     assert other.edits_in_force() == []
 
 
-@both
+@each
 def test_a_family_that_reads_text_elsewhere_is_refused(quiet, kind, monkeypatch):
     edit = made(quiet, kind)
     monkeypatch.setattr(type(quiet), "own_loop", False)
@@ -260,10 +269,10 @@ def test_fused_projections_are_refused_before_and_inside(quiet):
         pictures(quiet)
 
 
-@both
+@each
 @pytest.mark.parametrize("how", ["wrapped", "in place", "one block"])
 def test_compiled_code_is_refused_before_and_after(quiet, kind, how):
-    edit, part = made(quiet, kind), "unet" if kind == "attention_filter" else "text_encoder"
+    edit, part = made(quiet, kind), "text_encoder" if kind == "prompt_filter" else "unet"
 
     def compile():
         module = getattr(quiet.pipeline, part)
@@ -338,7 +347,7 @@ def test_a_prompt_that_is_not_padded_is_refused(quiet):
     assert quiet.encode("a church").shape[1] == LENGTH
 
 
-@both
+@each
 def test_a_copy_of_a_part_takes_the_filter_along(quiet, kind):
     """As the fine-tuning attack copies its victim."""
     edit = made(quiet, kind)
@@ -356,11 +365,11 @@ def protocol(**changes) -> Protocol:
     return Protocol("test", tuple(Prompt(p, role="target", seed=0) for p in PROMPTS), (measure,), steps=2)
 
 
-@both
+@each
 def test_a_run_keeps_pictures_of_two_filters_apart(quiet, kind, tmp_path):
     edit, given = made(quiet, kind), dict(folder=tmp_path, progress=False)
     half = dataclasses.replace(
-        edit, metadata=edit.metadata | {"filter": edit.metadata["filter"] | {weak(kind): 0.5}}
+        edit, metadata=edit.metadata | {"filter": edit.metadata["filter"] | WEAK[kind]}
     )
     found = {
         name: runs.run(quiet, one, protocol(), **given)
@@ -372,11 +381,7 @@ def test_a_run_keeps_pictures_of_two_filters_apart(quiet, kind, tmp_path):
         assert runs.run(quiet, None, protocol(), **given).folder == found["whole"].folder
 
 
-def weak(kind: str) -> str:
-    return "c" if kind == "attention_filter" else "strength"
-
-
-@both
+@each
 def test_an_attack_sees_the_filter_and_its_gradient(quiet, kind, tmp_path):
     """UnlearnDiffAtk: another loss than on the plain model from the same start, and tokens that move."""
     targets, course = quiet.generate(PROMPTS, seeds=[0, 1], steps=2), {}
@@ -399,7 +404,7 @@ def test_an_attack_sees_the_filter_and_its_gradient(quiet, kind, tmp_path):
     assert all(one.isfinite().all() and one.any() for one in gradients)
 
 
-@both
+@each
 def test_a_fine_tuned_victim_keeps_its_filter(quiet, kind, tmp_path):
     given = dict(pictures=quiet.generate(PROMPTS, steps=2), captions=["a house", "a castle"], seeds=[0, 1])
     with made(quiet, kind).applied(quiet):
@@ -410,7 +415,7 @@ def test_a_fine_tuned_victim_keeps_its_filter(quiet, kind, tmp_path):
     assert len(result.attempts) == 2 and hooks(quiet) == 0
 
 
-@both
+@each
 def test_the_command_line_attacks_a_model_with_the_filter_on(quiet, kind, tmp_path, monkeypatch):
     """Other edits are merged into the victim, which a filter cannot be."""
     seen, edit = [], made(quiet, kind)
@@ -431,7 +436,7 @@ def test_the_command_line_attacks_a_model_with_the_filter_on(quiet, kind, tmp_pa
     assert seen == [[edit.digest], [], True]
 
 
-@both
+@each
 def test_ways_of_use_that_need_weights_have_no_meaning(quiet, kind, tmp_path):
     edit, given = made(quiet, kind), dict(steps=2, guidance=3.0)
     use = lambda how, **settings: deployment.Step("it", "weights", how, settings).draw(
@@ -467,7 +472,7 @@ def test_every_kind_of_filter_is_a_kind_of_edit():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@both
+@each
 def test_on_an_accelerator(kind):
     here, there = ek.load(tiny_pipeline()), ek.load(tiny_pipeline().to("cuda"))
     edit, plain = made(here, kind), pictures(there)
