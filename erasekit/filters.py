@@ -274,7 +274,8 @@ class GuidanceFilter(Filter):
         found = None if alone else _DRAWN.by.get(self)
         if found is None or not found.goes_on(float(times[0]), text):
             with torch.no_grad():
-                found = Drawing(float(times[0]), text.detach(), self.encoder(self.ids)[0])
+                empty = self.encoder(self.ids.to(self.encoder.device))[0]
+            found = Drawing(float(times[0]), text.detach(), empty)
             if not alone:
                 _DRAWN.by[self] = found
         return found, alone

@@ -158,7 +158,7 @@ def test_beside_an_edit_of_the_weights_it_acts_on_what_they_give_whichever_is_ou
     assert hooks(quiet) == 0 and np.array_equal(pictures(quiet), plain)
 
 
-@pytest.mark.parametrize("kinds", combinations(MAKERS, 2))
+@pytest.mark.parametrize("kinds", [*combinations(MAKERS, 2)])
 def test_filters_of_two_kinds_nest_in_any_order(quiet, kinds):
     one, other = made(quiet, kinds[0]), made(quiet, kinds[1], "dog")
     found = []

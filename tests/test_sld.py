@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTH, tiny_pipeline
+from conftest import LENGTH, check_dogs_go_and_cats_stay, tiny_pipeline
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 import erasekit as ek
@@ -429,6 +429,11 @@ def test_another_family_is_refused(model, monkeypatch):
     monkeypatch.setattr(type(model), "own_loop", False)
     with pytest.raises(ValueError, match="erase by uce or rece"):
         ek.sld.fit(model, "church")
+
+
+@pytest.mark.slow
+def test_dogs_go_and_cats_stay_in_the_emoji_world(tmp_path):
+    check_dogs_go_and_cats_stay(sld, tmp_path)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """Safe Latent Diffusion (SLD): guidance leads away from the concept where a picture is about to show it (Schramowski
 et al., CVPR 2023, arXiv 2211.05105).
 
-With e_c, e_S and e_0 what the UNet predicts for the prompt, for the concept and for the empty prompt, a step is guided by
+With e_c, e_S and e_0 what the UNet predicts for the prompt, the concept and the empty prompt, a step is guided by
 
     e~ = e_0 + s_g (e_c - e_0 - gamma)
     gamma = mu (e_S - e_0) + s_m nu,    nu <- beta_m nu + (1 - beta_m) gamma,    nu = 0 at first
@@ -18,18 +18,20 @@ Notation (code -> paper)
     lam            -> lambda, below which difference it does [sld_threshold]
     s_m, beta_m    -> scale and decay of the momentum [sld_momentum_scale, sld_mom_beta]
 
-The paper writes max(1, |phi|) for the first case of mu, the authors' pipeline in diffusers (MIT and Apache-2.0; formulas
-only) takes at most 1, as here: `clamp`. The comparison has a sign in both: where e_c lies *below* e_S by much, mu is 1
-too, whatever the prompt, so that unrelated prompts move as well. Its preset "weak" has s_S = 20, its README says 200.
+Formulas and presets were read in the paper's pipeline in diffusers 0.42 (Apache-2.0), which takes at most 1 where the
+paper writes max(1, |phi|): `clamp`. Its preset "weak" has s_S = 20, the paper's table, as others quote it, 200. In both
+the comparison has a sign: where e_c lies far below e_S mu is 1 as well, so unrelated prompts move too.
 
-What is ours: S is the concept's name, there a list of what is unsafe. Which rows are the empty prompt is told by their
-embedding. All other rows are texts: a negative prompt is filtered like a prompt, and gamma leads away from e_0, where the
-authors' pipeline takes what is predicted for the negative prompt. A drawing begins where the time step does not fall;
-one that begins in the middle, as a refiner's, warms up anew. A call with gradients or at several time steps at once,
-as attacks make it, stands by itself: it has no momentum, and no warm-up, so an attack sees the filter at every step.
-With mu = 1 everywhere (clamp "max", s_s 0, lam large) and neither warm-up nor momentum, strength 1 - 1 / s_g makes it
-the negative prompt S, e_S + s_g (e_c - e_S); strength 1 gives e_0 + s_g (e_c - e_S). Beside other edits e_S is what they
-leave of it; of two such filters the inner one sees what the outer left.
+What is ours. S is the concept's name; there it is a list of what is unsafe. The rows of a call that stay are those with
+the embedding of the empty prompt; a negative prompt is a text like any other and is filtered, and gamma always leads
+away from the empty prompt (there, from the negative one). A drawing begins where the time step does not fall, so one
+that begins in the middle, as a refiner's, warms up anew. A call with gradients or with several time steps at once, as
+attacks make it, stands by itself: no momentum, and no warm-up, so that an attack sees the filter at every step. S is
+read when the edit is fitted; what the UNet predicts for it follows other edits. Of two such filters the inner one sees
+what the outer left.
+
+Simplest: with mu = 1 everywhere (clamp "max", s_s 0, lam 100) and neither warm-up nor momentum, strength 1 - 1 / s_g
+gives e_S + s_g (e_c - e_S), the negative prompt S; strength 1 gives e_0 + s_g (e_c - e_S).
 """
 
 from collections.abc import Callable, Sequence
