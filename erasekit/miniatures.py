@@ -80,17 +80,17 @@ def flow(**changes) -> diffusers.FlowMatchEulerDiscreteScheduler:
 
 
 def sd1(words: Sequence[str] = WORDS, length: int = LENGTH) -> diffusers.StableDiffusionPipeline:
-    """One CLIP, keys and values of its rows in every cross-attention."""
+    """One CLIP, whose rows the keys and values of every cross-attention read."""
     one = clip_tokenizer(words, length)
     return diffusers.StableDiffusionPipeline(
-        vae=vae(scaling_factor=0.18),
         text_encoder=CLIPTextModel(clip_config(one, WIDTH)),
         tokenizer=one,
         unet=diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=WIDTH,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=WIDTH,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         ),
+        vae=vae(),
         scheduler=diffusers.DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
             set_alpha_to_one=False, steps_offset=1,

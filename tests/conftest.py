@@ -9,13 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import StableDiffusionPipeline
 
-from erasekit import models
+from erasekit import miniatures, models
 from erasekit.miniatures import LENGTH, WIDTH  # noqa: F401
 from erasekit.miniatures import WORDS as WHOLE  # noqa: F401
-from erasekit.miniatures import clip_tokenizer as tiny_tokenizer
+from erasekit.miniatures import clip_tokenizer as tiny_tokenizer  # noqa: F401
 from erasekit.paths import ROOT
 
 
@@ -36,66 +35,16 @@ def benchmark_script(name: str):
 
 
 def tiny_pipeline(seed: int = 0, length: int = LENGTH) -> StableDiffusionPipeline:
-    tokenizer = tiny_tokenizer(length=length)
+    """A miniature of SD 1 in which the text moves the picture."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=WIDTH,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                initializer_factor=10.0,  # so that different words differ after two layers
-            )
-        )
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=WIDTH,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        )
-        with torch.no_grad():
-            for name, parameter in unet.named_parameters():
-                if "attn2" in name:
-                    parameter.mul_(3)  # so that the text moves the picture
-            vae.decoder.conv_out.weight.mul_(3)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        pipeline = miniatures.sd1(length=length)
+    with torch.no_grad():
+        for name, parameter in pipeline.unet.named_parameters():
+            if "attn2" in name:
+                parameter.mul_(3)
+        pipeline.vae.decoder.conv_out.weight.mul_(3)
+    return pipeline
 
 
 def literal_erase(w, pairs, kept, e: float, p: float, ridge: float) -> torch.Tensor:
