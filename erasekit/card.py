@@ -276,10 +276,11 @@ def make(
     results: Path = RESULTS,
     show: bool | None = None,
 ) -> Card:
-    """A card of an edit, with pictures drawn by `model`. prompts: what is drawn; when empty the erased concepts by name
-    and by their synonyms, then what was preserved. results: a folder of result files. show: pictures as they are, or
-    blurred; None: as they are in a world of our own, else blurred. ValueError where the edit does not belong to the
-    model.
+    """A card of an edit, with pictures drawn by `model`.
+
+    prompts: what is drawn; when empty the erased concepts by name and by their synonyms, then what was preserved, or
+    others of a closed world. results: a folder of result files. show: pictures as they are, or blurred; None: as they
+    are in a world of our own, else blurred. ValueError where the edit does not belong to the model.
     """
     asked = list(prompts) or _prompts(edit, model)
     seeds = [seed] * len(asked)
@@ -380,7 +381,8 @@ def _prompts(edit: Edit, model: DiffusionModel, most: int = 3) -> list[str]:
     known = {one.name: one for part in (model.vocabulary or {}).values() for one in part}
     erased = concepts.get("erase", [])[:most]
     words = [word for name in erased if name in known for word in known[name].synonyms][:most]
-    kept = [name for name in concepts.get("preserve", []) if name != ""][:most]
+    others = [one.name for one in model.everything if one.name not in concepts.get("erase", [])]
+    kept = ([name for name in concepts.get("preserve", []) if name != ""] or others)[:most]
     return [fill(template, one)[0] for one in [*erased, *words, *kept]]
 
 
