@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image as Pictures
 from PIL.Image import Image
 from torch import nn
 
@@ -23,7 +24,7 @@ from erasekit import filters
 from erasekit.concepts import fill
 from erasekit.edits import Edit
 from erasekit.evaluate import records
-from erasekit.figures import METHOD_NAMES, blurred
+from erasekit.figures import METHOD_NAMES, blurred, mosaic
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel
 from erasekit.paths import RESULTS, replacing, write_atomically
@@ -203,11 +204,12 @@ class Card:
         if path.suffix == ".html":
             write_atomically(path, self.html())
             return path
-        mosaic = path.with_suffix(".png")
+        sheet = path.with_suffix(".png")
         if self.grid:
-            with replacing(mosaic) as temporary:
-                _mosaic(self.grid).save(temporary, "PNG")
-        write_atomically(path, self.markdown(mosaic.name if self.grid else ""))
+            _, before, after = zip(*self.grid, strict=True)
+            with replacing(sheet) as temporary:
+                Pictures.fromarray(mosaic([before, after])).save(temporary, "PNG")
+        write_atomically(path, self.markdown(sheet.name if self.grid else ""))
         return path
 
     @property
@@ -411,18 +413,6 @@ def _data(picture: Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _mosaic(grid: Sequence[tuple[str, Image, Image]], gap: int = 2) -> Image:
-    """Before above after, a column for each prompt."""
-    from PIL import Image as Pictures
-
-    width, height = grid[0][1].size
-    sheet = Pictures.new("RGB", (len(grid) * (width + gap) - gap, 2 * height + gap), "white")
-    for column, (_, before, after) in enumerate(grid):
-        sheet.paste(before, (column * (width + gap), 0))
-        sheet.paste(after, (column * (width + gap), height + gap))
-    return sheet
 
 
 STYLE = """

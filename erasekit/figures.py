@@ -219,6 +219,22 @@ def matrix(shares: pd.DataFrame, *, groups: Sequence[str] = (), about: str = "")
     return fig
 
 
+GAP = 2  # pixels between the pictures of a mosaic
+
+
+def mosaic(rows: Sequence[Sequence]) -> np.ndarray:
+    """Rows of pictures of one size, PIL images or uint8 arrays (h, w, 3), as one white array; None leaves a gap."""
+    height, width, _ = _pixels(next(image for row in rows for image in row if image is not None)).shape
+    columns = max(len(row) for row in rows)
+    whole = np.full((len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            if image is not None:
+                top, left = i * (height + GAP), j * (width + GAP)
+                whole[top : top + height, left : left + width] = _pixels(image)
+    return whole
+
+
 def image_grid(
     images: Sequence,
     row_labels: Sequence[str] | None = None,
@@ -240,29 +256,23 @@ def image_grid(
     if len(sizes) != 1:
         raise ValueError(f"image_grid needs pictures of one size, got {sorted(sizes) or 'none'}")
     height, width, _ = sizes.pop()
-    count, columns, gap = len(rows), max(len(row) for row in rows), 2
+    count, columns = len(rows), max(len(row) for row in rows)
     for labels, wanted, what in ((row_labels, count, "row_labels"), (col_labels, columns, "col_labels")):
         if labels is not None and len(labels) != wanted:
             raise ValueError(f"{what} needs {wanted} entries, got {len(labels)}")
 
-    mosaic = np.full((count * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            if image is not None:
-                top, left = i * (height + gap), j * (width + gap)
-                mosaic[top : top + height, left : left + width] = _pixels(image)
-
+    whole = mosaic(rows)
     if ax is None:
-        inches = [size * upscale / 80 for size in mosaic.shape[1::-1]]
+        inches = [size * upscale / 80 for size in whole.shape[1::-1]]
         inches[0] += 0.07 * max(map(len, row_labels)) if row_labels is not None else 0
         inches[1] += 0.25 * ((col_labels is not None) + (title is not None))
         _, ax = plt.subplots(figsize=inches, layout="constrained")
-    ax.imshow(mosaic, interpolation="nearest")
+    ax.imshow(whole, interpolation="nearest")
     ax.set_xticks(
-        [j * (width + gap) + width / 2 for j in range(columns)] if col_labels is not None else [], col_labels
+        [j * (width + GAP) + width / 2 for j in range(columns)] if col_labels is not None else [], col_labels
     )
     ax.set_yticks(
-        [i * (height + gap) + height / 2 for i in range(count)] if row_labels is not None else [], row_labels
+        [i * (height + GAP) + height / 2 for i in range(count)] if row_labels is not None else [], row_labels
     )
     ax.tick_params(length=0, top=False, bottom=False, left=False, labeltop=True, labelbottom=False)
     for spine in ax.spines.values():

