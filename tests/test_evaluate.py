@@ -20,6 +20,7 @@ import torch
 from conftest import tiny_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.stats import bootstrap
 
 import erasekit as ek
 from erasekit.emoji import data
@@ -89,6 +90,84 @@ def test_pairs_are_sharper_than_two_intervals(rng):
     assert not metrics.separated(metrics.rate(120, 200), metrics.rate(110, 200))
     shuffled = metrics.paired_difference(a, rng.permutation(b), rng)  # control: pairing is what helps
     assert shuffled["high"] - shuffled["low"] > 2 * (found["high"] - found["low"])
+
+
+def simulated(prompts: int, seeds: int, alike: float, rng) -> np.ndarray:
+    """Verdicts (prompts, seeds) 30 % of them 1 in the long run; those of one prompt have the correlation `alike`."""
+    odds = np.array([0.3, 0.7]) * (1 / alike - 1) if alike else None
+    rates = rng.beta(*odds, size=prompts) if alike else np.full(prompts, 0.3)
+    return (rng.random((prompts, seeds)) < rates[:, None]).astype(float)
+
+
+def test_pictures_of_one_prompt_are_not_independent(rng):
+    """Truth 0.3. Wilson's interval covers it in 95 of 100 experiments if pictures are independent, and in far fewer if
+    those of a prompt have something in common; the one that draws whole prompts still does.
+    """
+    runs_, prompts, seeds = 250, 40, 5
+    label = np.repeat(np.arange(prompts), seeds)
+    covered = {}
+    for alike in (0.0, 0.5):
+        hits = {"wilson": 0, "clustered": 0}
+        for _ in range(runs_):
+            seen = simulated(prompts, seeds, alike, rng).ravel()
+            wilson = metrics.rate(int(seen.sum()), seen.size)
+            low, high = np.quantile(metrics.clustered(seen, [label], rng), [0.025, 0.975])
+            hits["wilson"] += wilson["low"] <= 0.3 <= wilson["high"]
+            hits["clustered"] += low <= 0.3 <= high
+        covered[alike] = {name: count / runs_ for name, count in hits.items()}
+    assert covered[0.0]["wilson"] > 0.91 and covered[0.0]["clustered"] > 0.89
+    assert covered[0.5]["wilson"] < 0.80 < 0.89 < covered[0.5]["clustered"]
+
+
+def test_resampling_clusters_has_the_spread_of_their_means(rng):
+    """Of m clusters of one size: the spread of m cluster means drawn with replacement; of two labellings, not below
+    that of either; every value a cluster of its own: scipy's bootstrap.
+    """
+    values = rng.normal(size=(12, 5)) + 3 * rng.normal(size=(12, 1))
+    rows, columns = (grid.ravel() for grid in np.indices(values.shape))
+    spread = metrics.clustered(values.ravel(), [rows], rng).std()
+    assert spread == pytest.approx(values.mean(1).std() / math.sqrt(12), rel=0.1)
+    assert metrics.clustered(values.ravel(), [rows, columns], rng).std() > 0.95 * spread
+    alone = metrics.clustered(values.ravel(), [range(60)], rng).std()
+    plain = bootstrap((values.ravel(),), np.mean, n_resamples=2000, rng=rng).standard_error
+    assert alone == pytest.approx(plain, rel=0.1) and alone < 0.7 * spread  # control: the clusters matter
+    assert metrics.clustered(values.ravel(), [[0] * 60, rows], rng).std() == pytest.approx(spread, rel=0.1)
+    with pytest.raises(ValueError, match="one label"):
+        metrics.clustered([1.0, 0.0], [[0]], rng)
+
+
+def test_mcnemar_is_exact(rng):
+    assert metrics.mcnemar([1, 0, 1], [1, 0, 1]) == {"lost": 0, "gained": 0, "p": 1.0}
+    assert metrics.mcnemar([1] * 5 + [0], [0] * 6)["p"] == pytest.approx(2 * 0.5**5)
+    a, b = (rng.random((400, 60)) < 0.5).astype(float), (rng.random((400, 60)) < 0.5).astype(float)
+    below = np.mean([metrics.mcnemar(x, y)["p"] <= 0.05 for x, y in zip(a, b, strict=True)])
+    assert (
+        0.01 < below <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+    )  # at most 5 % of nothing is called something
+    with pytest.raises(ValueError, match="verdicts 0 and 1"):
+        metrics.mcnemar([0.5], [1])
+
+
+def test_holm_holds_all_comparisons_together(rng):
+    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert metrics.holm([0.6, 0.9]) == [1.0, 1.0]
+    p = rng.random((2000, 10))  # nothing is there
+    some = np.mean([min(metrics.holm(row)) <= 0.05 for row in p])
+    assert some < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+    assert np.mean(p.min(1) <= 0.05) > 0.3  # control: without, every third table has a star
+
+
+def test_zero_of_n_has_an_interval(rng):
+    """The bias-corrected bootstrap of scipy has none there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        broken = bootstrap((np.zeros(20),), np.mean, method="BCa", rng=rng).confidence_interval
+    assert math.isnan(broken.low) and math.isnan(broken.high)
+    assert metrics.mean(np.zeros(20), rng) == {"n": 20, "mean": 0.0, "low": 0.0, "high": 0.0}
+    assert (
+        metrics.rate(0, 20)["high"] > 0.15
+        and metrics.paired_difference([0.0] * 20, [0.0] * 20, rng)["p"] == 1
+    )
 
 
 def test_equal_pairs_are_not_certain(rng):
@@ -622,9 +701,13 @@ def test_compare_pairs_the_same_pictures(emoji, finished):
     assert after.folder != finished.folder and after.manifest["edit"] == [edit.digest]
     table = runs.compare({"before": finished, "UCE": after})
     difference = metrics.paired_difference(
-        finished.values(SEEN), after.values(SEEN), np.random.default_rng(0)
+        finished.values(SEEN), after.values(SEEN), np.random.default_rng(0), finished.clusters(SEEN)
     )
-    assert table["UCE - before"][0].startswith(f"{difference['difference']:+.3f}")
+    assert table["UCE - before"][0].startswith(
+        "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
+    )
+    prompts, seeds = finished.clusters(SEEN)
+    assert len(set(prompts)) * len(set(seeds)) == len(finished.values(SEEN))
     assert set(table.protocol) == {small().short}
     with_features = small(features=("emoji-clip",))
     same = runs.run(emoji, None, with_features, folder=finished.folder.parent, progress=False)

@@ -158,6 +158,11 @@ class Run:
         pairs = zip(shots(self.protocol), self.scores(measure.judge), strict=True)
         return np.array([reading(measure, s.prompt, r) for s, r in pairs if s.prompt.role in measure.roles])
 
+    def clusters(self, measure: Measure) -> tuple[list[str], list[int]]:
+        """Prompt and seed of each of `values`."""
+        about = [shot for shot in shots(self.protocol) if shot.prompt.role in measure.roles]
+        return [shot.prompt.text for shot in about], [shot.seed for shot in about]
+
     def measured(self) -> dict[str, dict]:
         """{measure: rate, mean or count}, and the protocol's harmonic mean under its name."""
         found, kept = {}, []
@@ -327,7 +332,8 @@ def run(
 
 def compare(runs: Mapping[str, Run], progress: bool = False) -> pd.DataFrame:
     """Runs side by side, one row per measure. Beside every run after the first: the difference to the first over the
-    same prompts and seeds, with a paired bootstrap interval and a star where it leaves out 0; below, distances of
+    same prompts and seeds, with a 95 % interval (`metrics.paired_difference`, resampling prompts and seeds), and a star
+    where its p value, adjusted for all differences of the table (`metrics.holm`), is at most 0.05; below, distances of
     features.
 
     Raises ValueError for runs of two protocols: their numbers do not belong into one table.
@@ -345,20 +351,24 @@ def compare(runs: Mapping[str, Run], progress: bool = False) -> pd.DataFrame:
         column: [] for name, _ in others for column in (name, f"{name} - {first_name}")
     }
     measured = {name: run.measured() for name, run in runs.items()}
-    by_name = {measure.name: measure for measure in first.protocol.measures}
+    differences = {
+        (measure.name, name): metrics.paired_difference(
+            first.values(measure), other.values(measure), np.random.default_rng(0), first.clusters(measure)
+        )
+        for measure in first.protocol.measures
+        for name, other in others
+    }
+    holm = metrics.holm([found["p"] for found in differences.values()]) if differences else []
+    adjusted = dict(zip(differences, holm, strict=True))
     for row in measured[first_name]:
         columns["measure"].append(row)
         columns["protocol"].append(first.protocol.short)
         for name in runs:
             columns[name].append(shown(measured[name][row]))
-        for name, other in others:
-            difference = ""
-            if row in by_name:
-                pair = (first.values(by_name[row]), other.values(by_name[row]))
-                found = metrics.paired_difference(*pair, np.random.default_rng(0))
-                star = " *" if found["separates"] else ""
-                difference = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{star}"
-            columns[f"{name} - {first_name}"].append(difference)
+        for name, _ in others:
+            found = differences.get((row, name))
+            cell = "" if found is None else "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)
+            columns[f"{name} - {first_name}"].append(cell + " *" * (adjusted.get((row, name), 1) <= 0.05))
     for feature in first.protocol.features if others else ():
         rows = {
             name: run.features(feature)

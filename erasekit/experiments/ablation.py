@@ -117,7 +117,15 @@ VARIANTS: dict[str, dict[str, dict]] = {
         ),
         # x_t from four trajectories of each prompt, kept, for hours of drawing them at each step of each attack
         "settings of the code, states cached": of_code(
-            "advunlearn", "sd14-object", "iterations", "lr", "batch", "warmup", "attack_steps", "alpha", "sampler"
+            "advunlearn",
+            "sd14-object",
+            "iterations",
+            "lr",
+            "batch",
+            "warmup",
+            "attack_steps",
+            "alpha",
+            "sampler",
         )
         | {"states": "cached", "noises": 4},
     },
