@@ -16,8 +16,9 @@ test: .venv/.ready  ## run the tests, then every notebook against its committed 
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS)
 	$(MAKE) notebooks
 
+# the long ones first, so that no worker waits for the last
 notebooks: .venv/.ready  ## only run every notebook against its committed outputs
-	OMP_NUM_THREADS=1 $(RUN) -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(shell ls -r notebooks/*.ipynb) --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
 		--nbval-sanitize-with notebooks/sanitize.cfg -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 refresh: .venv/.ready  ## re-execute the notebooks in place, ready to commit

@@ -24,7 +24,7 @@ from scipy.stats import bootstrap
 
 import erasekit as ek
 from erasekit.emoji import data
-from erasekit.evaluate import judges, metrics, protocols, runs
+from erasekit.evaluate import judges, metrics, protocols, records, runs
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.paths import ROOT
 
@@ -695,6 +695,15 @@ def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_
     assert time.perf_counter() - start < 1 and counted["seen"]["n"] == 1000
 
 
+def read_back(result):
+    """As a file gives it."""
+    return replace(result, details=json.loads(json.dumps(result.details)))
+
+
+def renamed(measurements):
+    return tuple(replace(one, hash="another") for one in measurements)
+
+
 def test_compare_pairs_the_same_pictures(emoji, finished):
     edit = ek.uce.fit(emoji, "dog", ["cat"])
     after = runs.run(emoji, edit, small(), folder=finished.folder.parent, progress=False)
@@ -709,6 +718,12 @@ def test_compare_pairs_the_same_pictures(emoji, finished):
     prompts, seeds = finished.clusters(SEEN)
     assert len(set(prompts)) * len(set(seeds)) == len(finished.values(SEEN))
     assert set(table.protocol) == {small().short}
+    kept = [runs_.result() for runs_ in (finished, after)]
+    assert records.paired(*map(read_back, kept), SEEN.name) == difference
+    with pytest.raises(ValueError, match="2 protocols"):
+        records.paired(kept[0], replace(kept[1], measurements=renamed(kept[1].measurements)), SEEN.name)
+    with pytest.raises(ValueError, match="no verdicts"):
+        records.paired(kept[0], replace(kept[1], details={}), SEEN.name)
     with_features = small(features=("emoji-clip",))
     same = runs.run(emoji, None, with_features, folder=finished.folder.parent, progress=False)
     distances = runs.compare({"before": same, "again": same}).set_index("measure")["again"]

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
 from erasekit.edits import Edit
@@ -162,6 +163,31 @@ def shown(value: dict) -> str:
     if "value" in value:
         return f"{value['value']:.4f}"
     return f"{value['count']} in {value['n']} pictures" if "count" in value else metrics.text(value)
+
+
+def paired(a: Result, b: Result, measure: str) -> dict:
+    """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
+
+    ValueError for files of two protocols, and for one that does not keep every picture's verdict.
+    """
+    hashes = {m.hash for one in (a, b) for m in one.measurements if m.measure == measure and not m.attack}
+    if len(hashes) != 1:
+        raise ValueError(f"{measure} was measured under {len(hashes)} protocols: pairs need the same one")
+    for one in (a, b):
+        if measure not in one.details.get("verdicts", {}):
+            raise ValueError(
+                f"no verdicts of {measure} were kept: run it again, {one.command or 'as it was made'}"
+            )
+    seen = [
+        {
+            (prompt, seed): int(verdict)
+            for prompt, of in one.details["verdicts"][measure].items()
+            for seed, verdict in zip(of["seeds"], of["seen"], strict=True)
+        }
+        for one in (a, b)
+    ]
+    values = [[verdicts[key] for key in seen[0]] for verdicts in seen]
+    return metrics.paired_difference(*values, np.random.default_rng(0), list(zip(*seen[0], strict=True)))
 
 
 def measurements(

@@ -214,13 +214,30 @@ class Run:
         )
 
     def result(self, command: str = "", made: EditMade | None = None) -> Result:
-        """The measurements with all that they depend on, to be committed. made: the edit, if there is one."""
+        """The measurements with all that they depend on, to be committed; in `details`, under "verdicts", every
+        picture's of the rates, so that two files can be compared in pairs (`records.paired`). made: the edit, if
+        there is one.
+        """
         edits = {made.label: made} if made else {}
         told = self.manifest
         return Result(
             command, "protocol", told["model"], told["vae"], told["judges"], self.protocol.erased, told["machine"],
-            edits, tuple(measurements(self.measured(), self.protocol, *edits)), {"versions": told["versions"]},
+            edits, tuple(measurements(self.measured(), self.protocol, *edits)),
+            {"versions": told["versions"], "verdicts": self.verdicts()},
         )  # fmt: skip
+
+    def verdicts(self) -> dict[str, dict[str, dict]]:
+        """{measure: {prompt: {"seeds": [0, 1, 2], "seen": "011"}}} of all rates."""
+        found = {}
+        for measure in self.protocol.measures:
+            if measure.rule in ("mean", "count"):
+                continue
+            of = found.setdefault(measure.name, {})
+            for prompt, seed, value in zip(*self.clusters(measure), self.values(measure), strict=True):
+                one = of.setdefault(prompt, {"seeds": [], "seen": ""})
+                one["seeds"].append(seed)
+                one["seen"] += str(int(value))
+        return found
 
 
 def reading(measure: Measure, prompt: Prompt, record: dict | list) -> float:
