@@ -1,9 +1,11 @@
-"""Exercises of the notebooks: a reference solution and a check that takes the student's function.
+"""Exercises of the notebooks: checks that take the student's function.
 
-Each check raises AssertionError with a hint, or prints that all is well.
+Each check raises AssertionError with a hint, or prints that all is well. A stub that gives nothing back is told so: it
+does not pass, and the notebook goes on. Solutions are folded away in the notebooks, below the stubs.
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -12,11 +14,30 @@ from erasekit import closed_form
 from erasekit.evaluate.metrics import rate
 
 
-def target_rate(shown: Sequence[str], erased: str) -> float:
-    """Share of pictures on which the judge sees the erased concept."""
-    return sum(what == erased for what in shown) / len(shown)
+class Unsolved(Exception):
+    """A function that gives nothing back."""
 
 
+def exercise(check: Callable[[Callable], None]) -> Callable[[Callable], None]:
+    """A check that takes an untouched stub for what it is."""
+
+    @wraps(check)
+    def checked(theirs: Callable) -> None:
+        def answered(*given):
+            if (found := theirs(*given)) is None or found is ...:
+                raise Unsolved
+            return found
+
+        name = getattr(theirs, "__name__", "your function")
+        try:
+            check(answered)
+        except Unsolved:
+            print(f"{name}: not solved yet, it gives nothing back. Write its body, and run this cell again")
+
+    return checked
+
+
+@exercise
 def check_target_rate(theirs: Callable[[Sequence[str], str], float]) -> None:
     """Notebook 00, exercise 1."""
     for shown, expected in ((["church"] * 3 + ["castle"], 0.75), (["dog", "cat"], 0.0), (["church"], 1.0)):
@@ -25,11 +46,7 @@ def check_target_rate(theirs: Callable[[Sequence[str], str], float]) -> None:
     print("target_rate: all tests passed")
 
 
-def classifier_free_guidance(unconditional: Tensor, text: Tensor, guidance: float) -> Tensor:
-    """e_uncond + w (e_text - e_uncond)."""
-    return unconditional + guidance * (text - unconditional)
-
-
+@exercise
 def check_guidance(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """Notebook 01, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -42,11 +59,7 @@ def check_guidance(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     print("guidance: all tests passed")
 
 
-def one_pair_map(source: Tensor, target: Tensor, lam: float) -> Tensor:
-    """T for one erased row and nothing preserved: I + (c* - c) c^T / (lam + ||c||^2), from vectors (d,)."""
-    return torch.eye(len(source)).to(source) + torch.outer(target - source, source) / (lam + source @ source)
-
-
+@exercise
 def check_one_pair_map(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """Notebook 10, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -61,11 +74,7 @@ def check_one_pair_map(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> Non
     print("one_pair_map: all tests passed")
 
 
-def derived_embedding(t: Tensor, gram: Tensor, c: Tensor, lam: float) -> Tensor:
-    """c' = (lam I + T^T A T)^-1 T^T A c, for vectors (d,) and matrices (d, d)."""
-    return torch.linalg.solve(lam * torch.eye(len(c)).to(c) + t.T @ gram @ t, t.T @ gram @ c)
-
-
+@exercise
 def check_derived_embedding(theirs: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
     """Notebook 20, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -85,13 +94,7 @@ def check_derived_embedding(theirs: Callable[[Tensor, Tensor, Tensor, float], Te
     print("derived_embedding: all tests passed")
 
 
-def wilson_interval(k: int, n: int) -> tuple[float, float]:
-    """Both ends of Wilson's 95 % interval: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)."""
-    z, p = 1.959964, k / n
-    center, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
-
-
+@exercise
 def check_wilson_interval(theirs: Callable[[int, int], tuple[float, float]]) -> None:
     """Notebook 02, exercise 1."""
     for k, n in ((0, 50), (3, 151), (50, 50), (7, 10)):
@@ -103,13 +106,7 @@ def check_wilson_interval(theirs: Callable[[int, int], tuple[float, float]]) -> 
     print("wilson_interval: all tests passed")
 
 
-def simplex_projection(v: Tensor) -> Tensor:
-    """The nearest point u >= 0, sum u = 1, to v (n,): v minus the shift with which its positive part sums to 1."""
-    ordered = v.sort(descending=True).values
-    shifts = (ordered.cumsum(0) - 1) / torch.arange(1, len(v) + 1)
-    return (v - shifts[ordered > shifts][-1]).clamp_min(0)
-
-
+@exercise
 def check_simplex_projection(theirs: Callable[[Tensor], Tensor]) -> None:
     """Notebook 30, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -125,11 +122,7 @@ def check_simplex_projection(theirs: Callable[[Tensor], Tensor]) -> None:
     print("simplex_projection: all tests passed")
 
 
-def esd_target(uncond: Tensor, text: Tensor, eta: float) -> Tensor:
-    """y = e_uncond - eta (e_text - e_uncond)."""
-    return uncond - eta * (text - uncond)
-
-
+@exercise
 def check_esd_target(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """Notebook 11, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -140,13 +133,7 @@ def check_esd_target(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     print("esd_target: all tests passed")
 
 
-def linear_hinge(predicted: Tensor, safe: Tensor, unsafe: Tensor, margin: float) -> Tensor:
-    """max(mean (x - f_s)^2 - mean (x - f_u)^2 + delta, 0) of each row, as one inner product with f_s - f_u."""
-    difference = safe - unsafe
-    inner = lambda a, b: (a * b).flatten(1).mean(1)
-    return (inner(difference, safe + unsafe) - 2 * inner(predicted, difference) + margin).relu()
-
-
+@exercise
 def check_linear_hinge(theirs: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
     """Notebook 22, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -171,6 +158,7 @@ def fused_change(changes: Sequence[Tensor], keys: Sequence[Tensor], lam: float) 
     return sum(change @ gram for change, gram in zip(changes, grams, strict=True)) @ torch.linalg.inv(whole)
 
 
+@exercise
 def check_fused_change(theirs: Callable[[Sequence[Tensor], Sequence[Tensor], float], Tensor]) -> None:
     """Notebook 12, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -194,6 +182,7 @@ def check_fused_change(theirs: Callable[[Sequence[Tensor], Sequence[Tensor], flo
     print("fused_change: all tests passed")
 
 
+@exercise
 def check_attenuation(theirs: Callable[..., float]) -> None:
     """Notebook 21, exercise 1."""
     assert abs(theirs(5, 1.0, 0, 1.0, 1.0, 0.0)) < 1e-12, (
@@ -225,6 +214,7 @@ def check_attenuation(theirs: Callable[..., float]) -> None:
     print("attenuation: all tests passed")
 
 
+@exercise
 def check_pareto(theirs: Callable[[Sequence[float], Sequence[float]], Sequence[bool]]) -> None:
     """Notebook 40, exercise 1."""
     found = lambda *points: [bool(one) for one in theirs(*zip(*points, strict=True))]
@@ -239,11 +229,7 @@ def check_pareto(theirs: Callable[[Sequence[float], Sequence[float]], Sequence[b
     print("pareto: all tests passed")
 
 
-def average_of_weights(weight: Tensor, edited: Tensor, share: float) -> Tensor:
-    """A merge: `share` of the edited weight, the rest of the unedited."""
-    return (1 - share) * weight + share * edited
-
-
+@exercise
 def check_average_of_weights(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """Notebook 31, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -257,13 +243,7 @@ def check_average_of_weights(theirs: Callable[[Tensor, Tensor, float], Tensor]) 
     print("average_of_weights: all tests passed")
 
 
-def entry_weight(weight: Tensor, bias: Tensor, c: Tensor, c_star: Tensor) -> Tensor:
-    """W' = W + W (c* - c) c^T / ||c||^2, whatever the bias: W' c + b = W c* + b, and what is at a right angle to c is
-    read as before.
-    """
-    return weight + torch.outer(weight @ (c_star - c), c) / (c @ c)
-
-
+@exercise
 def check_entry_weight(theirs: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
     """Notebook 13, exercise 1."""
     generator = torch.Generator().manual_seed(0)
@@ -282,11 +262,7 @@ def check_entry_weight(theirs: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor
     print("entry_weight: all tests passed")
 
 
-def noise_of(x: Tensor, velocity: Tensor, s: float) -> Tensor:
-    """e = x_s + (1 - s) v, from x_s = (1 - s) x_0 + s e and v = e - x_0."""
-    return x + (1 - s) * velocity
-
-
+@exercise
 def check_noise_of(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """Notebook 13, exercise 2."""
     generator = torch.Generator().manual_seed(0)

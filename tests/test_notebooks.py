@@ -5,10 +5,11 @@ from pathlib import PurePosixPath
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from nbval.plugin import get_sanitize_patterns
 
-from erasekit import notebooks
+from erasekit import exercises, notebooks
 from erasekit.paths import NOTEBOOKS
 
 COMMITTED = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -22,6 +23,34 @@ def test_the_first_notebooks_exist():
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_notebook(path):
     assert notebooks.problems(path) == []
+
+
+EXERCISES = [path for path in COMMITTED if "exercises.check_" in path.read_text()]
+
+
+def test_every_chapter_has_an_exercise():
+    without = {path.stem for path in COMMITTED} - {path.stem for path in EXERCISES}
+    assert without == {"14_null_spaces", "15_at_inference", "90_stable_diffusion", "91_on_a_gpu"}
+
+
+@pytest.mark.parametrize("path", EXERCISES, ids=lambda path: path.stem)
+def test_a_stub_does_not_pass_and_its_solution_does(path, capsys):
+    cells = nbformat.read(path, 4).cells
+    at = next(i for i, cell in enumerate(cells) if "exercises.check_" in cell.source)
+    stubs, folded = cells[at].source, cells[at + 1].source
+    assert folded.startswith("<details>") and folded.endswith("</details>")
+    solution = folded.partition("```python\n")[2].partition("```")[0]
+    checks = stubs[stubs.index("exercises.check_") :]
+    exec(stubs, {"exercises": exercises})
+    said = capsys.readouterr().out
+    assert said.count("not solved yet") == len(checks.splitlines()) and "passed" not in said
+    exec(solution + checks, {"exercises": exercises, "torch": torch})
+    assert capsys.readouterr().out.count("all tests passed") == len(checks.splitlines())
+
+
+def test_a_wrong_answer_is_told_what_is_wrong():
+    with pytest.raises(AssertionError, match="eta 0 should give the unconditional prediction"):
+        exercises.check_esd_target(lambda uncond, text, eta: text)
 
 
 def test_sanitize_file_loads_every_rule_it_contains():

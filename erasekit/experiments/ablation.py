@@ -162,6 +162,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "settings of the code": of_code(
             "trce", "sd14-nudity", "iterations", "lr", "batch", "beta", "weight", "sampler", "early", "noises"
         ),
+        # one way for each of 490 prompts, not five: of its 12,250 points 300 are used
+        "settings of the code, fewer ways": of_code(
+            "trce", "sd14-nudity", "iterations", "lr", "batch", "beta", "weight", "sampler", "early"
+        ),
     },
     "mace": {
         "MACE": {},
