@@ -243,6 +243,35 @@ def test_at_the_start_beyond_concepts_are_where_they_were(shared_model):
     assert after_closed_form[1]["far"] > 1e-8
 
 
+@torch.no_grad()
+def test_the_loss_is_that_of_the_equation_one_row_at_a_time(shared_model):
+    config = replace(SHORT, lambda_n=0.7, lambda_far=0.3)
+    unet = mace.adapter(shared_model, 1, torch.Generator().manual_seed(0))
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            parameter.fill_(0.1)
+    states = States(shared_model, ["church", "a church"], 0, 3.0, 4, "frozen", None)
+    state = states.at(states.pick(torch.tensor([0, 1]), torch.Generator().manual_seed(1)))
+    own, other = (
+        shared_model.conditioning([name, f"a {name}"]).each(lambda x: x.float())
+        for name in ("church", "house")
+    )
+    near, far = (own.rows[:, None] + random(2, k, *own.rows.shape[1:], seed=k).float() for k in (2, 3))
+    found = realera.aligned_loss(unet, shared_model.unet, state, own, other, near, far, config)
+    eps = lambda net, i, rows: net(state.sample[i : i + 1], state.timestep[i], rows[None]).sample
+    apart = lambda one, two: float((one - two).square().mean())
+    erase, by_near, by_far = [], [], []
+    for i in range(2):
+        wanted = eps(shared_model.unet, i, other.rows[i])
+        erase.append(apart(eps(unet, i, own.rows[i]), wanted))
+        by_near += [apart(eps(unet, i, rows), wanted) for rows in near[i]]
+        by_far += [apart(eps(unet, i, rows), eps(shared_model.unet, i, rows)) for rows in far[i]]
+    erase, by_near, by_far = (sum(one) / len(one) for one in (erase, by_near, by_far))
+    by_hand = {"loss": erase + 0.7 * by_near + 0.3 * by_far, "erase": erase, "near": by_near, "far": by_far}
+    assert {name: float(one) for name, one in found.items()} == pytest.approx(by_hand, rel=1e-4)
+    assert min(by_hand.values()) > 1e-6
+
+
 @pytest.mark.parametrize("target", ["mapping", "esd", "unconditional"])
 def test_targets(shared_model, target):
     own = replace(SHORT, closed_form=False, neighbour=False, beyond=False, iterations=1, anchor="church")

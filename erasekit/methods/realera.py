@@ -24,7 +24,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
@@ -404,6 +404,54 @@ def entry_rows(
     return found
 
 
+def predicted(unet: nn.Module, state: State, own: Conditioning, context: Tensor) -> Tensor:
+    """Predictions (n, k, channels, height, width) at n states for k contexts of each (n, k, length, d). own: of the n
+    prompts, what is told beside the rows.
+    """
+    k = context.shape[1]
+    repeat = lambda x: x.repeat_interleave(k, 0)
+    told = own.with_rows(context.flatten(0, 1))
+    return predict(unet, repeat(state.sample), repeat(state.timestep), told).unflatten(0, (-1, k))
+
+
+def aligned_loss(
+    unet: nn.Module,
+    frozen: nn.Module,
+    state: State,
+    own: Conditioning,
+    other: Conditioning,
+    near: Tensor | None,
+    far: Tensor | None,
+    config: Config,
+) -> dict[str, Tensor]:
+    """The loss of the LoRA at n states, and its terms: erase, near and far.
+
+    unet: the one trained. frozen: the teacher. own, other: the n prompts with the concept and with the mapping concept.
+    near, far: neighbours and beyond concepts of each, the own prompt's rows with theirs (n, k, length, d), or None.
+    """
+    context = own.rows[:, None] if near is None else torch.cat([own.rows[:, None], near], 1)
+    with torch.no_grad():
+        mapping = predicted(frozen, state, other, other.rows[:, None])[:, 0]
+        teacher = None if far is None else predicted(frozen, state, own, far)
+    wanted = {
+        "mapping": lambda: mapping,
+        "esd": lambda: state.target(config.eta),
+        "unconditional": lambda: state.uncond,
+    }[config.target]()
+    every = context if far is None else torch.cat([context, far], 1)
+    student = predicted(unet, state, own, every).float()
+    error = lambda a, b: (a - b.float()).square().mean()
+    terms = {"erase": error(student[:, 0], wanted)}
+    total = terms["erase"]
+    if near is not None:
+        terms["near"] = error(student[:, 1 : context.shape[1]], wanted[:, None])
+        total = total + config.lambda_n * terms["near"]
+    if far is not None:
+        terms["far"] = error(student[:, context.shape[1] :], teacher)
+        total = total + config.lambda_far * terms["far"]
+    return {"loss": total, **terms}
+
+
 def align(
     model: DiffusionModel,
     start: DiffusionModel,
@@ -430,15 +478,6 @@ def align(
         node_weights = mace.focal(states.scheduler.config.num_train_timesteps)[states.timesteps()]
     device, dtype = model.device, model.dtype
 
-    def predicted(net, state: State, own: Conditioning, context: Tensor) -> Tensor:
-        """Predictions for several contexts (n, k, length, d) of each state's latents, (n, k, ...). own: of the n
-        prompts, what is told beside the rows.
-        """
-        k = context.shape[1]
-        repeat = lambda x: x.repeat_interleave(k, 0)
-        told = own.with_rows(context.flatten(0, 1))
-        return predict(net, repeat(state.sample), repeat(state.timestep), told).unflatten(0, (-1, k))
-
     def loss(step: int, generator: torch.Generator) -> dict:
         prompt = torch.randint(len(pairs), (config.batch,), generator=generator)
         picks = states.pick(prompt, generator)
@@ -452,30 +491,9 @@ def align(
                 for one, p in zip(own.rows, prompt.tolist(), strict=True)
             ]
         ).to(device, dtype)
-        context = [own.rows[:, None]]
-        if config.neighbour:
-            context.append(draw(config.lora_n, False))
-        far = draw(config.lora_m, True) if config.beyond else own.rows[:, None][:, :0]
-        near = torch.cat(context, 1)
-        with torch.no_grad():
-            mapping = predicted(model.unet, state, other, other.rows[:, None])[:, 0]
-            teacher = predicted(model.unet, state, own, far) if config.beyond else None
-        wanted = {
-            "mapping": lambda: mapping,
-            "esd": lambda: state.target(config.eta),
-            "unconditional": lambda: state.uncond,
-        }[config.target]()
-        student = predicted(unet, state, own, torch.cat([near, far], 1)).float()
-        error = lambda a, b: (a - b.float()).square().mean()
-        terms = {"erase": error(student[:, 0], wanted)}
-        total = terms["erase"]
-        if config.neighbour:
-            terms["near"] = error(student[:, 1 : near.shape[1]], wanted[:, None])
-            total = total + config.lambda_n * terms["near"]
-        if config.beyond:
-            terms["far"] = error(student[:, near.shape[1] :], teacher)
-            total = total + config.lambda_far * terms["far"]
-        return {"loss": total, **terms}
+        near = draw(config.lora_n, False) if config.neighbour else None
+        far = draw(config.lora_m, True) if config.beyond else None
+        return aligned_loss(unet, model.unet, state, own, other, near, far, config)
 
     also = [start, [pair.other for pair in pairs], torch.zeros(0) if basis is None else basis]
     place = descend(
