@@ -1,6 +1,7 @@
 """Where the time of training goes: CPU seconds of the parts of each trained method with its preset for the emoji world.
 
     python benchmarks/training.py --out data/results/benchmark_training.json
+    python benchmarks/training.py --before EARLIER --out ...    # beside what the script wrote at an earlier commit
 
 A benchmark, not a test. One thread, and the CPU time of this process. Each method erases "dog", from an empty cache, in
 a few iterations and with few of the ways on which the kept states lie; `whole` is what all of both take at the pace of
@@ -156,15 +157,22 @@ def main() -> None:
     )
     parser.add_argument("--iterations", type=int, default=8, help="of each method (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=TRAINED, default=list(TRAINED))
+    parser.add_argument(
+        "--before", type=Path, help="what this script wrote at an earlier commit, to be kept beside"
+    )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
     model = ek.load("emoji")
     chosen = "" if given.methods == list(TRAINED) else f" --methods {' '.join(given.methods)}"
+    earlier = {} if given.before is None else json.loads(given.before.read_text())
+    chosen += "" if given.before is None else f" --before {given.before.as_posix()}"
     words = f"--iterations {given.iterations}{chosen} --out {given.out.as_posix()}"
     result = Result(
         f"python benchmarks/training.py {words}", "benchmark", machine=machine(), details={"methods": {}}
     )
+    if earlier:
+        result.details["before"] = earlier.get("methods") or earlier["details"]["methods"]
     for name in given.methods:
         result.details["methods"][name] = measured(model, name, given.iterations)
         print(name, json.dumps(result.details["methods"][name]), flush=True)
