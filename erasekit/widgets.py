@@ -1,11 +1,10 @@
 """The same pictures twice: controls in a live notebook, small multiples everywhere else.
 
-`vary` takes any drawing function, `explore` a model and edits of it. Neither imports ipywidgets unless it is live.
+`vary` takes any drawing function, `explore` a model and edits of it, `studio` a model and a concept. None imports
+ipywidgets unless it is live.
 """
 
-import asyncio
 import html
-import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -17,9 +16,12 @@ from PIL import Image
 from erasekit.edits import Edit, applied
 from erasekit.figures import METHOD_COLORS, image_grid
 from erasekit.models import DiffusionModel
+from erasekit.studio import enlarged, running_loop, studio
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
+
+__all__ = ["explore", "studio", "vary"]
 
 
 def vary(draw: Callable, *, interactive: bool, **choices: Sequence) -> Figure | None:
@@ -150,7 +152,6 @@ def _multiples(draw: Callable, edits: Mapping[str, Edit], prompts: list[str], se
     return fig
 
 
-PICTURE = 256  # screen pixels of a small picture in the panel
 STALE = "<style>.erasekit-stale img { opacity: 0.3 }</style>"
 
 
@@ -163,10 +164,7 @@ def _panel(
     def png(label: str | None, strength: float, prompt: str, seed: int) -> bytes:
         """One picture, small ones enlarged by a whole factor, so that each of their pixels stays a sharp square."""
         (picture,) = draw(label, strength, [prompt], [seed])
-        factor = max(1, PICTURE // picture.width)
-        stream = io.BytesIO()
-        picture.resize([factor * side for side in picture.size], Image.Resampling.NEAREST).save(stream, "PNG")
-        return stream.getvalue()
+        return enlarged(picture)
 
     wide = lambda basis: ui.Layout(flex=f"1 1 {basis}", width="auto")
     edit = ui.Dropdown(
@@ -212,7 +210,7 @@ def _panel(
     )
     sides = ui.HBox([left, swap, right], layout=ui.Layout(align_items="center"))
 
-    loop, shown = _running_loop(), []
+    loop, shown = running_loop(), []
 
     def say(text: str, *, stale: bool = False, color: str = "inherit") -> None:
         status.value = f'{STALE}<b style="color: {color}">{html.escape(text)}</b>'
@@ -289,10 +287,3 @@ def _panel(
 
 def _caption(name: str, what: str, color: str) -> str:
     return f'<b style="color: {color}">{name}</b>: {html.escape(what)}'
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
