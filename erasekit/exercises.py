@@ -59,6 +59,51 @@ def check_guidance(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     print("guidance: all tests passed")
 
 
+def add_noise(x_0: Tensor, noise: Tensor, abar: float) -> Tensor:
+    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) e."""
+    return abar**0.5 * x_0 + (1 - abar) ** 0.5 * noise
+
+
+@exercise
+def check_add_noise(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 03, exercise 1."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = (torch.randn(4, 1000, generator=generator, dtype=torch.float64) for _ in range(2))
+    for abar, expected, hint in ((1.0, x_0, "the picture alone"), (0.0, noise, "the noise alone")):
+        assert torch.allclose(theirs(x_0, noise, abar), expected), f"abar {abar:g} should give {hint}"
+    for abar in (0.1, 0.5, 0.9):
+        found = theirs(x_0, noise, abar)
+        assert abs(float(found.var()) - 1) < 0.1, (
+            f"picture and noise have variance 1, and so has x_t; at abar {abar:g} yours has {found.var():.2f}: "
+            "shares of the variance, not of the numbers themselves, add up to 1"
+        )
+        assert torch.allclose(found, add_noise(x_0, noise, abar)), f"at abar {abar:g} it is not the formula's"
+    print("add_noise: all tests passed")
+
+
+def x0_from_eps(x_t: Tensor, eps: Tensor, abar: float) -> Tensor:
+    """x_0 = (x_t - sqrt(1 - abar) e) / sqrt(abar): what is left of x_t without the noise e."""
+    return (x_t - (1 - abar) ** 0.5 * eps) / abar**0.5
+
+
+@exercise
+def check_x0_from_eps(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Notebook 03, exercise 2."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise, wrong = (torch.randn(4, 10, generator=generator, dtype=torch.float64) for _ in range(3))
+    for abar in (0.01, 0.5, 1.0):
+        x_t = add_noise(x_0, noise, abar)
+        found = theirs(x_t, noise, abar)
+        assert torch.allclose(found, x_0), (
+            f"at abar {abar:g}, with the true noise, it should be x_0; yours is off by {(found - x_0).norm():.2g}"
+        )
+        again = add_noise(theirs(x_t, wrong, abar), wrong, abar)
+        assert torch.allclose(again, x_t), (
+            f"at abar {abar:g}, with the same noise added again, it should be x_t"
+        )
+    print("x0_from_eps: all tests passed")
+
+
 @exercise
 def check_one_pair_map(theirs: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """Notebook 10, exercise 1."""

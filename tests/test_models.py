@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 import erasekit as ek
-from erasekit import concepts, models, worlds
+from erasekit import concepts, exercises, models, worlds
 from erasekit.concepts import Concept, as_concepts
 from erasekit.evaluate.runs import sampled_by
 from erasekit.sampling import config_of
@@ -155,6 +155,28 @@ def test_agrees_with_the_stock_pipeline(model, guidance, scheduler):
     ).images
     assert largest_difference(ours, stock) <= 1
     assert largest_difference(ours, model.generate(PROMPTS[::-1], SEEDS, steps=6, guidance=guidance)) > 20
+
+
+def test_the_exercises_on_noise_are_what_diffusers_computes():
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    scheduler.set_timesteps(10)
+    for t in (100, 500, 900):
+        abar = float(scheduler.alphas_cumprod[t])
+        x_t = scheduler.add_noise(x_0, noise, torch.tensor([t, t]))
+        torch.testing.assert_close(exercises.add_noise(x_0, noise, abar), x_t)
+        stepped = scheduler.step(noise, t, x_t)
+        torch.testing.assert_close(exercises.x0_from_eps(x_t, noise, abar), stepped.pred_original_sample)
+
+
+def test_the_exercises_on_noise_tell_what_is_wrong():
+    with pytest.raises(AssertionError, match="shares of the variance"):
+        exercises.check_add_noise(lambda x_0, e, abar: abar * x_0 + (1 - abar) * e)
+    with pytest.raises(AssertionError, match="the picture alone"):
+        exercises.check_add_noise(lambda x_0, e, abar: (1 - abar) ** 0.5 * x_0 + abar**0.5 * e)
+    with pytest.raises(AssertionError, match="with the true noise"):
+        exercises.check_x0_from_eps(lambda x_t, e, abar: x_t - (1 - abar) ** 0.5 * e)
 
 
 def test_callback_sees_every_step(shared_model):

@@ -17,7 +17,23 @@ COMMITTED = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 def test_the_first_notebooks_exist():
     numbers = {path.stem.split("_")[0] for path in COMMITTED}
-    assert {"00", "01", "02", "10", "11", "12", "13", "20", "21", "22", "23", "30", "40", "90"} <= numbers
+    assert {
+        "00",
+        "01",
+        "02",
+        "03",
+        "10",
+        "11",
+        "12",
+        "13",
+        "20",
+        "21",
+        "22",
+        "23",
+        "30",
+        "40",
+        "90",
+    } <= numbers
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
