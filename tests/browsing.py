@@ -100,3 +100,17 @@ def lab(tmp_path):
     finally:
         server.terminate()
         server.wait(60)
+
+
+def field(browser, label: str, tag: str):
+    """The element beside a widget's description."""
+    return browser.find_element("xpath", f"//div[label[normalize-space()='{label}']]//{tag}")
+
+
+def enter(browser, label: str, text: str) -> None:
+    """Type into a widget, in place of what is there."""
+    from selenium.webdriver import Keys
+
+    box = field(browser, label, "input")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys(text, Keys.ENTER)

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import nbformat  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from browsing import IDLE, RUN, browser, lab, until  # noqa: E402, F401
+from browsing import IDLE, RUN, browser, enter, field, lab, until  # noqa: E402, F401
 from conftest import tiny_pipeline  # noqa: E402
 from nbformat.v4 import new_code_cell, new_notebook  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -332,7 +332,7 @@ Promise.all([...document.querySelectorAll(".widget-image")].map(async (image) =>
 @pytest.mark.browser
 @pytest.mark.slow
 def test_the_panel_in_jupyterlab(lab, browser):  # noqa: F811
-    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.select import Select
 
@@ -347,14 +347,6 @@ def test_the_panel_in_jupyterlab(lab, browser):  # noqa: F811
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     cells = [new_code_cell(source.strip()) for source in NOTEBOOK]
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "explore.ipynb")
-
-    def control(label, tag):
-        return browser.find_element(By.XPATH, f"//div[label[normalize-space()='{label}']]//{tag}")
-
-    def enter(label, text):
-        box = control(label, "input")
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(text, Keys.ENTER)
 
     def wait_for(wanted, *captions):
         """Until the page clearly shows these pictures under these captions, and no others."""
@@ -396,11 +388,11 @@ def test_the_panel_in_jupyterlab(lab, browser):  # noqa: F811
     browser.find_element(By.CSS_SELECTOR, ".widget-toggle-button").click()
     wait_for(church, "Before", "After")
 
-    enter("Seed", "7")
+    enter(browser, "Seed", "7")
     wait_for(pair("church", "a church in flat style", 7), "Before", "After")
-    enter("Prompt", "a dog in noto style")
+    enter(browser, "Prompt", "a dog in noto style")
     wait_for(pair("church", "a dog in noto style", 7), "Before", "After")
-    Select(control("Edit", "select")).select_by_visible_text("dog")
+    Select(field(browser, "Edit", "select")).select_by_visible_text("dog")
     wait_for(pair("dog", "a dog in noto style", 7), "Before", "After")
 
     handle = browser.find_element(By.CSS_SELECTOR, ".noUi-handle")
@@ -408,20 +400,20 @@ def test_the_panel_in_jupyterlab(lab, browser):  # noqa: F811
     strength = float(browser.find_element(By.CSS_SELECTOR, ".widget-readout").text)
     assert 0 < strength < 1
     wait_for(pair("dog", "a dog in noto style", 7, strength), "Before", "After")
-    Select(control("Edit", "select")).select_by_visible_text("none: the model as it is")
+    Select(field(browser, "Edit", "select")).select_by_visible_text("none: the model as it is")
     wait_for([drawn(model, None, "a dog in noto style", 7, steps=6)] * 2, "Before", "After")
 
-    enter("Prompt", " ")
+    enter(browser, "Prompt", " ")
     message = "//*[contains(text(), 'a prompt must be text that says something')]"
     until(lambda: browser.find_elements(By.XPATH, message), "the message", 60)
     assert not any(one["clear"] for one in browser.execute_async_script(READ)), "no picture of another prompt"
-    enter("Prompt", "a church in flat style")
-    Select(control("Edit", "select")).select_by_visible_text("church")
+    enter(browser, "Prompt", "a church in flat style")
+    Select(field(browser, "Edit", "select")).select_by_visible_text("church")
     wait_for(pair("church", "a church in flat style", 7, strength), "Before", "After")
 
     # A control that is moved while a cell has an edit in force: neither may see the other's weights.
     browser.execute_script(RUN, 2)
     until((folder / "started").exists, "the cell", 60)
-    enter("Seed", "0")
+    enter(browser, "Seed", "0")
     wait_for(pair("church", "a church in flat style", 0, strength), "Before", "After")
     assert np.array_equal(np.asarray(Image.open(folder / "cell.png")), church[1][::4, ::4])

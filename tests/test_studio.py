@@ -12,7 +12,7 @@ import nbformat  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from browsing import IDLE, RUN, browser, lab, until  # noqa: E402, F401
+from browsing import IDLE, RUN, browser, enter, field, lab, until  # noqa: E402, F401
 from conftest import tiny_pipeline  # noqa: E402
 from nbformat.v4 import new_code_cell, new_notebook  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -265,14 +265,6 @@ def test_the_studio_in_jupyterlab(lab, browser):  # noqa: F811
     cells = [new_code_cell(source.strip()) for source in NOTEBOOK]
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "studio.ipynb")
 
-    def control(label, tag):
-        return browser.find_element(By.XPATH, f"//div[label[normalize-space()='{label}']]//{tag}")
-
-    def enter(label, text):
-        box = control(label, "input")
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(text, Keys.ENTER)
-
     def wait_for(used, prompt, at=-1):
         ways = [watch(model, one, prompt, 0, steps=6) for one in (None, used)]
         wanted = [np.asarray(shown(enlarged(way.estimates[at]))) for way in ways]
@@ -296,8 +288,8 @@ def test_the_studio_in_jupyterlab(lab, browser):  # noqa: F811
     wait_for(ek.uce.fit(model, "dog", ["cat"]), "a dog in flat style")
     browser.find_elements(By.CSS_SELECTOR, ".noUi-handle")[-1].send_keys(*[Keys.ARROW_LEFT] * 4)
     wait_for(ek.uce.fit(model, "dog", ["cat"]), "a dog in flat style", at=2)
-    Select(control("Method", "select")).select_by_visible_text("RECE")
+    Select(field(browser, "Method", "select")).select_by_visible_text("RECE")
     wait_for(ek.rece.fit(model, "dog", ["cat"]), "a dog in flat style", at=2)
-    enter("Concept", "church")
-    enter("Prompt", "a church in noto style")
+    enter(browser, "Concept", "church")
+    enter(browser, "Prompt", "a church in noto style")
     wait_for(ek.rece.fit(model, "church", ["cat"]), "a church in noto style", at=2)
