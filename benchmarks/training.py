@@ -165,17 +165,18 @@ def main() -> None:
     torch.set_num_threads(1)
     model = ek.load("emoji")
     chosen = "" if given.methods == list(TRAINED) else f" --methods {' '.join(given.methods)}"
-    earlier = {} if given.before is None else json.loads(given.before.read_text())
     chosen += "" if given.before is None else f" --before {given.before.as_posix()}"
     words = f"--iterations {given.iterations}{chosen} --out {given.out.as_posix()}"
     result = Result(
         f"python benchmarks/training.py {words}", "benchmark", machine=machine(), details={"methods": {}}
     )
-    if earlier:
-        result.details["before"] = earlier.get("methods") or earlier["details"]["methods"]
     for name in given.methods:
         result.details["methods"][name] = measured(model, name, given.iterations)
         print(name, json.dumps(result.details["methods"][name]), flush=True)
+        save(result, given.out)
+    if given.before is not None:
+        earlier = json.loads(given.before.read_text())
+        result.details["before"] = earlier.get("methods") or earlier["details"]["methods"]
         save(result, given.out)
 
 
