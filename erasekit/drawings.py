@@ -140,13 +140,13 @@ def token_of(tokens: Sequence[str], concept: str) -> int:
 
 def verdicts(model: DiffusionModel, pictures: Sequence[Image.Image]) -> list[str]:
     """What the world's judge sees on each picture: a name with its probability, or "none" where no name has half of
-    it. Empty texts for a model without a world of its own.
+    it, with the likeliest in brackets. Empty texts for a model without a world of its own.
     """
     if not model.everything:
         return [""] * len(pictures)
     said = []
     for record in checked(JUDGES["emoji-object"](), pictures, [""] * len(pictures)):
         name = max(record, key=record.get)
-        shown = name if record[name] >= SURE else f"none, at most {name}"
-        said.append(f"{shown} {record[name]:.2f}")
+        seen = f"{name} {record[name]:.2f}"
+        said.append(seen if record[name] >= SURE else f"none ({seen})")
     return said

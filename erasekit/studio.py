@@ -265,12 +265,11 @@ class _Sheet:
     def __init__(self):
         import ipywidgets as ui
 
-        self.heads, line = (
-            [ui.HTML() for _ in range(3)],
-            lambda: ui.HTML(layout=ui.Layout(grid_column="1 / -1")),
-        )
+        whole = {"grid_area": "auto / 1 / auto / -1"}
+        line, text = lambda: ui.HTML(layout=ui.Layout(**whole)), lambda: ui.HTML()
+        self.heads = [text() for _ in range(3)]
         image = lambda: ui.Image(format="png", layout=ui.Layout(max_width="100%"))
-        self.rows = [(line(), [image() for _ in range(3)], [ui.HTML() for _ in range(3)]) for _ in range(3)]
+        self.rows = [(line(), [image() for _ in range(3)], [text() for _ in range(3)]) for _ in range(3)]
         cells = [cell for line, images, captions in self.rows for cell in (line, *images, *captions)]
         self.box = ui.GridBox(
             [*self.heads, *cells], layout=ui.Layout(grid_gap="0 12px", justify_items="flex-start")
@@ -302,7 +301,7 @@ class _Sheet:
             for image, picture in zip(images, shown, strict=False):
                 image.value, image.layout.width = enlarged(picture, side), f"{side}px"
             for caption, text in zip(captions, said, strict=True):
-                caption.value = text
+                caption.value = f'<div style="line-height: 1.3; padding-bottom: 4px">{text}</div>'
 
 
 def _judged(verdict: str) -> str:
@@ -355,8 +354,9 @@ def _panel(
         if tuple(options) != tuple(token.options):
             token.options = options
             token.value = token_of(found[0].drawing.tokens, wanted.concept)
-        shown, sheet.box.layout.display = found, None
+        shown = found
         look()
+        sheet.box.layout.display = None
         tell(f"“{wanted.prompt}” from the same noise, seed {wanted.seed}; Step moves through the denoising")
 
     def request(_=None) -> None:

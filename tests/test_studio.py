@@ -252,7 +252,7 @@ def test_the_judge_may_see_nothing(monkeypatch):
     records = [{"dog": 0.9, "cat": 0.1}, {"dog": 0.2, "cat": 0.3}]
     monkeypatch.setattr(drawings, "checked", lambda judge, pictures, prompts: records)
     model = type("World", (), {"everything": ("dog", "cat")})()
-    assert verdicts(model, [None, None]) == ["dog 0.90", "none, at most cat 0.30"]
+    assert verdicts(model, [None, None]) == ["dog 0.90", "none (cat 0.30)"]
 
 
 def test_a_model_without_a_world_has_no_judge(tiny):
@@ -511,6 +511,8 @@ Promise.all([...document.querySelectorAll(".widget-image")].map(async (image) =>
     return {
         png: btoa(String.fromCharCode(...bytes)),
         size: [size.width, size.height],
+        left: size.left,
+        top: size.top,
         right: size.right,
         clear: getComputedStyle(image).opacity === "1",
     };
@@ -539,6 +541,8 @@ def test_the_studio_in_jupyterlab(lab, browser):  # noqa: F811
 
         def there():
             found = [one for one in browser.execute_async_script(READ) if one["size"][0]]
+            if not all(one["png"] for one in found):
+                return False  # on their way
             seen = [shown(base64.b64decode(one["png"])) for i, one in enumerate(found) if i % 3 < 2]
             return alike(seen, wanted) and all(one["clear"] for one in found) and found
 
@@ -549,8 +553,12 @@ def test_the_studio_in_jupyterlab(lab, browser):  # noqa: F811
         for one in found:
             assert one["size"] == [SIDE, SIDE], "a whole multiple of each picture's pixels"
             assert one["right"] < browser.execute_script("return innerWidth"), "nothing is cut off"
+        for row in (found[i : i + 3] for i in range(0, len(found), 3)):
+            assert len({one["top"] for one in row}) == 1, "side by side"
+            assert row[0]["left"] < row[1]["left"] < row[2]["left"]
         return wanted
 
+    browser.set_window_size(1280, 1300)
     browser.get(address.format("studio.ipynb"))
     until(lambda: browser.execute_script(IDLE), "a kernel")
     browser.execute_script(RUN, 0)
