@@ -289,8 +289,7 @@ class _Sheet:
             if i >= len(rows):
                 continue
             row, way = rows[i], rows[i].drawing
-            what = html.escape(row.what)
-            heading.value = f'<b style="color: {row.color}">{row.name}</b>: {what}'
+            heading.value = f'<b style="color: {row.color}">{row.name}</b>: {html.escape(row.what)}'
             shown = [way.picture, way.estimates[step]]
             said = [_judged(row.verdicts[-1]), _judged(row.verdicts[step])]
             if way.maps is None:
