@@ -394,6 +394,17 @@ def attention_with_gradient(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
+def first_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """{layer: probabilities (batch, heads, pixels, tokens)} of the first UNet call inside the block, and of the first
+    one after each `clear()` of the dict. A guidance filter calls the UNet again in every step, for texts of its own:
+    the first call is that of the prompt.
+    """
+    seen: dict[str, Tensor] = {}
+    with _recording(unet, seen.setdefault):
+        yield seen
+
+
+@contextmanager
 def _recording(unet: nn.Module, note: Callable[[str, Tensor], None]) -> Iterator[None]:
     modules = cross_attention(unet)
     before = {name: module.processor for name, module in modules.items()}

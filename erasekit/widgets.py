@@ -16,7 +16,7 @@ from PIL import Image
 from erasekit.edits import Edit, applied
 from erasekit.figures import METHOD_COLORS, image_grid
 from erasekit.models import DiffusionModel
-from erasekit.studio import enlarged, running_loop, studio
+from erasekit.studio import STALE, check_edits, enlarged, running_loop, studio
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -118,17 +118,7 @@ def _check(model: DiffusionModel, edits: Mapping[str, Edit]) -> None:
         raise ValueError(f"explore needs a model that load() gave, got {type(model).__name__}")
     if not isinstance(edits, Mapping) or not edits:
         raise ValueError(f"edits is a dict {{label: Edit}} with at least one edit, got {edits!r}")
-    for label, edit in edits.items():
-        if not isinstance(label, str) or not label.strip():
-            raise ValueError(f"the label of an edit is text, got {label!r}")
-        if not isinstance(edit, Edit):
-            raise ValueError(
-                f"edits[{label!r}] is a {type(edit).__name__}: expected what fit returned or Edit.load read"
-            )
-        try:
-            edit._check_base(model)
-        except ValueError as error:
-            raise ValueError(f"edits[{label!r}]: {error}") from error
+    check_edits(model, edits)
 
 
 def _names(edits: Mapping[str, Edit]) -> list[str]:
@@ -150,9 +140,6 @@ def _multiples(draw: Callable, edits: Mapping[str, Edit], prompts: list[str], se
     fig.set_figheight(fig.get_figheight() + 0.13 * max(head.count("\n") for head in heads))
     plt.close(fig)  # shown as the value of the cell, not a second time at its end
     return fig
-
-
-STALE = "<style>.erasekit-stale img { opacity: 0.3 }</style>"
 
 
 def _panel(

@@ -11,8 +11,8 @@ from erasekit.paths import ROOT
 FLOORS = (
     "paths concepts conditioning layers sampling closed_form filters training tokens worlds pipelines checkpoints "
     "miniatures models text_entries edits prompt_rows retained settings states recorded tuning "
-    "emoji evaluate methods|attacks experiments figures card exercises studio widgets notebooks __init__ cli_methods "
-    "cli __main__"
+    "emoji evaluate methods|attacks experiments figures card exercises drawings studio widgets notebooks __init__ "
+    "cli_methods cli __main__"
 ).split()
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor.split("|")}
 # Papers that build on another one, and attacks on another one or what all share
