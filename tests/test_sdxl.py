@@ -184,7 +184,9 @@ def test_the_attacker_writes_into_both_text_encoders(model, placement):
 
 
 def test_a_lora_takes_the_attention_from_the_concept(model, tmp_path):
-    """MACE's second stage on SDXL lowers its own loss, on the pictures it was trained on; without training it stays."""
+    """MACE's second stage on SDXL lowers its own loss, on the pictures it was trained on: at the same last five points
+    it is below that of the same run with hardly any learning rate.
+    """
     (concept,) = model.concepts("church")
     settings = mace.Config(
         templates=("a {}",), iterations=30, lr=3e-2, batch=2, pictures=2, sampler=3, guidance=3.0, focal=False
@@ -198,8 +200,10 @@ def test_a_lora_takes_the_attention_from_the_concept(model, tmp_path):
             model, concept, pictures, replace(settings, lr=rate), torch.Generator().manual_seed(0),
             lambda state, losses=losses: losses.append(float(state["loss"])), tmp_path,
         )  # fmt: skip
-        seen[rate] = np.mean(losses[-5:]) / np.mean(losses[:5])
-    assert seen[3e-2] < 0.8 < seen[1e-9]
+        seen[rate] = np.array(losses)
+    trained, still = seen.values()
+    assert trained[0] == still[0] and (trained[-5:] < still[-5:]).all()
+    assert trained[-5:].mean() < 0.9 * still[-5:].mean()
 
 
 @pytest.mark.parametrize("name", ["mace", "realera", "trce"])
