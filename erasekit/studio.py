@@ -315,7 +315,7 @@ def _panel(
     controls, sheet, status = _controls(model, trained, first), _Sheet(), ui.HTML()
     now = ui.Button(description="Draw", button_style="primary", layout=ui.Layout(width="6em"))
     step, token = controls["Step"], controls["Token"]
-    loop, shown = running_loop(), []
+    shown = []
 
     def tell(text: str, *, stale: bool = False, color: str = "inherit") -> None:
         status.value = f'{STALE}<b style="color: {color}">{html.escape(text)}</b>'
@@ -359,12 +359,8 @@ def _panel(
         tell(f"“{wanted.prompt}” from the same noise, seed {wanted.seed}; Step moves through the denoising")
 
     def request(_=None) -> None:
-        """Draw between two cells, never beside one: some front ends set widgets in a thread of their own."""
         tell("Fitting and drawing …", stale=True)
-        if loop is None:
-            draw_now()
-        else:
-            loop.call_soon_threadsafe(draw_now)
+        soon()
 
     def changed(_=None) -> None:
         controls["Strength"].disabled = controls["Method"].value == AS_IT_IS
@@ -374,6 +370,7 @@ def _panel(
         else:
             tell("Press Draw to see these settings.", stale=True)
 
+    soon = between_cells(draw_now)
     for name, control in controls.items():
         control.observe(look if name in ("Step", "Token") else changed, "value")
     now.on_click(request)
@@ -392,9 +389,14 @@ def _panel(
     )
 
 
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The loop of the kernel, None outside of one."""
+def between_cells(draw: Callable[[], None]) -> Callable[[], None]:
+    """A call that has `draw` done between two cells of a kernel, never beside one; at once outside of a kernel.
+
+    Some front ends set widgets in a thread of their own; drawing there would put an edit into the model while a cell
+    uses it.
+    """
     try:
-        return asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
     except RuntimeError:
-        return None
+        return draw
+    return lambda: loop.call_soon_threadsafe(draw)

@@ -16,7 +16,7 @@ from PIL import Image
 from erasekit.edits import Edit, applied
 from erasekit.figures import METHOD_COLORS, image_grid
 from erasekit.models import DiffusionModel
-from erasekit.studio import STALE, check_edits, enlarged, running_loop, studio
+from erasekit.studio import STALE, between_cells, check_edits, enlarged, studio
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -197,7 +197,7 @@ def _panel(
     )
     sides = ui.HBox([left, swap, right], layout=ui.Layout(align_items="center"))
 
-    loop, shown = running_loop(), []
+    shown = []
 
     def say(text: str, *, stale: bool = False, color: str = "inherit") -> None:
         status.value = f'{STALE}<b style="color: {color}">{html.escape(text)}</b>'
@@ -233,16 +233,9 @@ def _panel(
         say(said, color=color)
 
     def request(_=None) -> None:
-        """Draw between two cells, never beside one.
-
-        Some front ends set widgets in a thread of their own; drawing there would put the edit into the model while a
-        cell uses it. The first drawing of a burst of changes takes the last settings, the others find it in the cache.
-        """
+        """The first drawing of a burst of changes takes the last settings, the others find it in the cache."""
         say("Drawing …", stale=True)
-        if loop is None:
-            draw_now()
-        else:
-            loop.call_soon_threadsafe(draw_now)
+        soon()
 
     def changed(_=None) -> None:
         strength.disabled = edit.value is None
@@ -253,6 +246,7 @@ def _panel(
         else:
             say("Press Draw to see these settings.", stale=True)
 
+    soon = between_cells(draw_now)
     for control in (edit, strength, prompt, seed):
         control.observe(changed, "value")
     swap.observe(place, "value")

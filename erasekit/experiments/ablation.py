@@ -52,6 +52,8 @@ ONE_AT_A_TIME = {
     "templates": ("{}",),
     "noises": None,
 }  # ESD as its authors train it
+CODE_ADVUNLEARN = ("iterations", "lr", "batch", "warmup", "attack_steps", "alpha", "sampler")
+CODE_TRCE = ("iterations", "lr", "batch", "beta", "weight", "sampler", "early")
 VARIANTS: dict[str, dict[str, dict]] = {
     "uce": {
         "UCE": {},
@@ -102,31 +104,9 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "empty prompt free": {"retain_null": False},
         "states drawn anew": {"states": "frozen", "noises": None},
         "slips of the code": {"faithful": True, "states": "frozen", "noises": None},
-        "settings of the code": of_code(
-            "advunlearn",
-            "sd14-object",
-            "iterations",
-            "lr",
-            "batch",
-            "warmup",
-            "attack_steps",
-            "alpha",
-            "sampler",
-            "states",
-            "noises",
-        ),
+        "settings of the code": of_code("advunlearn", "sd14-object", *CODE_ADVUNLEARN, "states", "noises"),
         # x_t from four trajectories of each prompt, kept, for hours of drawing them at each step of each attack
-        "settings of the code, states cached": of_code(
-            "advunlearn",
-            "sd14-object",
-            "iterations",
-            "lr",
-            "batch",
-            "warmup",
-            "attack_steps",
-            "alpha",
-            "sampler",
-        )
+        "settings of the code, states cached": of_code("advunlearn", "sd14-object", *CODE_ADVUNLEARN)
         | {"states": "cached", "noises": 4},
     },
     "trce": {
@@ -159,13 +139,9 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "condition alone": {"branches": "text"},
         "held to the original": {"reference": "original"},
         "iterations 400": {"iterations": 400},
-        "settings of the code": of_code(
-            "trce", "sd14-nudity", "iterations", "lr", "batch", "beta", "weight", "sampler", "early", "noises"
-        ),
+        "settings of the code": of_code("trce", "sd14-nudity", *CODE_TRCE, "noises"),
         # one way for each of 490 prompts, not five: of its 12,250 points 300 are used
-        "settings of the code, fewer ways": of_code(
-            "trce", "sd14-nudity", "iterations", "lr", "batch", "beta", "weight", "sampler", "early"
-        ),
+        "settings of the code, fewer ways": of_code("trce", "sd14-nudity", *CODE_TRCE),
     },
     "mace": {
         "MACE": {},
