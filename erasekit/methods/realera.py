@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
-from erasekit.conditioning import Conditioning, predict
+from erasekit.conditioning import Conditioning, joined, predict
 from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import mace
@@ -404,16 +404,6 @@ def entry_rows(
     return found
 
 
-def predicted(unet: nn.Module, state: State, own: Conditioning, context: Tensor) -> Tensor:
-    """Predictions (n, k, channels, height, width) at n states for k contexts of each (n, k, length, d). own: of the n
-    prompts, what is told beside the rows.
-    """
-    k = context.shape[1]
-    repeat = lambda x: x.repeat_interleave(k, 0)
-    told = own.with_rows(context.flatten(0, 1))
-    return predict(unet, repeat(state.sample), repeat(state.timestep), told).unflatten(0, (-1, k))
-
-
 def aligned_loss(
     unet: nn.Module,
     frozen: nn.Module,
@@ -430,16 +420,24 @@ def aligned_loss(
     near, far: neighbours and beyond concepts of each, the own prompt's rows with theirs (n, k, length, d), or None.
     """
     context = own.rows[:, None] if near is None else torch.cat([own.rows[:, None], near], 1)
-    with torch.no_grad():
-        mapping = predicted(frozen, state, other, other.rows[:, None])[:, 0]
-        teacher = None if far is None else predicted(frozen, state, own, far)
+    with torch.no_grad():  # one pass: the mapping concepts, then the beyond concepts of each
+        at = torch.arange(len(own), device=state.sample.device)
+        told = other
+        if far is not None:
+            at = torch.cat([at, at.repeat_interleave(far.shape[1])])
+            told = joined([other, own.with_rows(far.flatten(0, 1))])
+        found = predict(frozen, state.sample[at], state.timestep[at], told)
+        mapping = found[: len(own)]
+        teacher = None if far is None else found[len(own) :].unflatten(0, far.shape[:2])
     wanted = {
         "mapping": lambda: mapping,
         "esd": lambda: state.target(config.eta),
         "unconditional": lambda: state.uncond,
     }[config.target]()
     every = context if far is None else torch.cat([context, far], 1)
-    student = predicted(unet, state, own, every).float()
+    at = torch.arange(len(own), device=state.sample.device).repeat_interleave(every.shape[1])
+    told = own.with_rows(every.flatten(0, 1))
+    student = predict(unet, state.sample[at], state.timestep[at], told).unflatten(0, every.shape[:2]).float()
     error = lambda a, b: (a - b.float()).square().mean()
     terms = {"erase": error(student[:, 0], wanted)}
     total = terms["erase"]
