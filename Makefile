@@ -25,8 +25,8 @@ refresh: .venv/.ready  ## re-execute the notebooks in place, ready to commit
 	$(RUN) -m erasekit notebooks refresh --jobs $(JOBS)
 	$(RUN) -m erasekit notebooks check
 
-lab: .venv/.ready  ## open the notebooks in JupyterLab
-	$(RUN) -m jupyterlab notebooks
+lab: .venv/.ready  ## open 00_start_here in JupyterLab, with its panels live
+	$(RUN) -m jupyterlab notebooks/00_start_here.ipynb
 
 docs: .venv/.docs  ## build the site from README, notebooks and docstrings in build/docs
 	rm -rf build/docs

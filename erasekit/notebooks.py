@@ -212,12 +212,13 @@ def _is_fresh(path: Path, executed: Path, figures: Path, key: str) -> bool:
 
 
 def _start_worker(events, threads: int) -> None:
-    """Runs in each worker process; its kernels inherit the thread limit. `events` is the way back."""
+    """Runs in each worker process; its kernels inherit what it sets. `events` is the way back."""
     global _events
     _events = events
     Thread(target=_end_with_parent, daemon=True).start()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
+    os.environ.pop("JPY_SESSION_NAME", None)  # of a notebook from which the runner was called: these are not live
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,7 @@ ipywidgets unless it is live.
 """
 
 import html
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -21,7 +22,15 @@ from erasekit.studio import STALE, between_cells, check_edits, enlarged, studio
 if TYPE_CHECKING:
     from ipywidgets import VBox
 
-__all__ = ["explore", "studio", "vary"]
+__all__ = ["explore", "live", "studio", "vary"]
+
+
+def live() -> bool:
+    """Whether this code runs in a notebook that is open in JupyterLab, where a panel can answer a click.
+
+    Its server names the notebook to the kernel in JPY_SESSION_NAME; papermill, nbconvert and nbval start kernels without.
+    """
+    return "JPY_SESSION_NAME" in os.environ
 
 
 def vary(draw: Callable, *, interactive: bool, **choices: Sequence) -> Figure | None:

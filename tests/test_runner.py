@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from erasekit import notebooks
+from erasekit import notebooks, widgets
 from erasekit.paths import ROOT
 
 PARAMETERS = """seed: int = 3  # for the noise
@@ -129,6 +129,16 @@ def test_malformed_override(text):
 # Execution and cache
 
 
+def test_what_the_runner_executes_is_not_live_even_when_called_from_jupyterlab(
+    folder, tmp_path, run_all, monkeypatch
+):
+    monkeypatch.setenv("JPY_SESSION_NAME", "/a/notebook.ipynb")
+    assert widgets.live()
+    path = write_notebook(folder / "a.ipynb", "import os; print(os.environ.get('JPY_SESSION_NAME'))")
+    assert run_all([path]) == {}
+    assert printed(tmp_path / "build" / "a.ipynb") == "None\n"
+
+
 def test_run_overrides_and_works_in_the_notebooks_folder(folder, tmp_path):
     path = write_notebook(folder / "a.ipynb", "import os; print(seed, lam, os.path.basename(os.getcwd()))")
     before, cwd = path.read_bytes(), os.getcwd()
@@ -182,7 +192,7 @@ def test_unchanged_is_skipped_and_every_kind_of_change_runs_again(folder, tmp_pa
 RUNNER = """
 import sys
 from pathlib import Path
-from erasekit import notebooks
+from erasekit import notebooks, widgets
 
 if __name__ == "__main__":
     path, place = Path(sys.argv[1]), Path(sys.argv[2])

@@ -496,11 +496,11 @@ def test_looking_leaves_the_model_as_it_was(tiny, panel):
 NOTEBOOK = (
     """
 import erasekit as ek
-from erasekit.widgets import studio
+from erasekit.widgets import live, studio
 model = ek.load("emoji")
 """,
     """
-studio(model, "dog", preserve=["cat"], prompt="a dog in flat style", steps=6)
+studio(model, "dog", preserve=["cat"], prompt="a dog in flat style", steps=6, interactive=live())
 """,
 )
 READ = """
