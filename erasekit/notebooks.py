@@ -218,7 +218,9 @@ def _start_worker(events, threads: int) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
-    os.environ.pop("JPY_SESSION_NAME", None)  # of a notebook from which the runner was called: these are not live
+    os.environ.pop(
+        "JPY_SESSION_NAME", None
+    )  # of a notebook from which the runner was called: these are not live
 
 
 def _end_with_parent() -> None:

@@ -1,7 +1,9 @@
 """Dossiers and published numbers: all of a paper that we know of is listed, and what is named exists."""
 
 import json
+import re
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -53,6 +55,15 @@ def test_two_analogues_of_each_paper_are_drawn_by_its_notebook(paper):
 def test_a_notebook_shows_its_dossier(paper):
     source = (FIGURES.parent / "notebooks" / f"{NOTEBOOKS[paper]}.ipynb").read_text()
     assert f'published.page(\\"{paper}\\")' in source
+
+
+@pytest.mark.parametrize("paper", published.PAPERS)
+def test_a_citation_is_that_of_its_notebook(paper):
+    entry = dict(re.findall(r"(\w+) = \{(.+)\},\n", published.citation(paper)))
+    first = nbformat.read(FIGURES.parent / "notebooks" / f"{NOTEBOOKS[paper]}.ipynb", 4).cells[0].source
+    words = " ".join(first.split())
+    assert entry["title"] in words and f"arXiv {entry['eprint']}" in words and entry["year"] in words
+    assert entry["author"].partition(",")[0] in words and entry.get("booktitle", "") in words
 
 
 def test_numbers_say_where_they_come_from():

@@ -51,8 +51,17 @@ def dossier(paper: str) -> pd.DataFrame:
     return found[found["paper"] == paper].drop(columns=["paper", "table"]).reset_index(drop=True)
 
 
+def citation(paper: str) -> str:
+    """The BibTeX entry of a paper."""
+    entries = (FOLDER / "papers.bib").read_text().split("\n\n")
+    found = [entry.strip() for entry in entries if entry.partition("{")[2].startswith(f"{paper},")]
+    if not found:
+        raise ValueError(f"no entry for {paper!r} in {FOLDER / 'papers.bib'}")
+    return found[0]
+
+
 def page(paper: str) -> str:
-    """The dossier as an HTML table for a notebook: what the paper has, what stands for it here, and where."""
+    """The dossier as HTML for a notebook: what the paper has, what stands for it here, where; and how to cite it."""
     rows = []
     for one in dossier(paper).itertuples():
         where = [*one.figures.split(), one.command]
@@ -63,4 +72,6 @@ def page(paper: str) -> str:
     head = "".join(
         f'<th style="text-align:left">{name}</th>' for name in ("in the paper", "shows", "here", "where")
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    cite = f"<details><summary>Cite this</summary><pre>{escape(citation(paper))}</pre></details>"
+    return table + cite
