@@ -4,7 +4,7 @@ JOBS ?= 2
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test notebooks refresh lab docs links clean
+.PHONY: help figures test notebooks refresh lab badges docs links clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -27,6 +27,9 @@ refresh: .venv/.ready  ## re-execute the notebooks in place, ready to commit
 
 lab: .venv/.ready  ## open 00_start_here in JupyterLab, with its panels live
 	$(RUN) -m jupyterlab notebooks/00_start_here.ipynb
+
+badges: .venv/.ready  ## write badges for Binder and Colab into the README: make badges REPOSITORY=owner/name
+	$(RUN) -m erasekit notebooks badges $(REPOSITORY)
 
 docs: .venv/.docs  ## build the site from README, notebooks and docstrings in build/docs
 	rm -rf build/docs

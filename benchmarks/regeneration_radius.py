@@ -8,8 +8,8 @@
    all other concepts' prompts.
 3. Their order beside that of UnlearnDiffAtk's successes on the same edits, as committed: Kendall's tau-b, exact p.
 
-The edits are the attacked ones: `build/edits/METHOD_CONCEPT.safetensors`, which `workflow/Snakefile` makes. Edits of more
-than keys and values (ESD, AdvUnlearn) and filters have no radius.
+The edits are the attacked ones: `build/edits/METHOD_CONCEPT.safetensors`, which `workflow/Snakefile` makes. Edits of
+more than keys and values (ESD, AdvUnlearn) and filters have no radius.
 """
 
 import argparse

@@ -301,6 +301,18 @@ def refresh_notebooks(*names: str, jobs: Jobs = 1) -> int:
     return 1 if runner.refresh(runner.find(names), jobs=jobs) else 0
 
 
+@notebooks_app.command(name="badges")
+def badge_notebooks(repository: str) -> None:
+    """Write the README's badges: Binder opens 00_start_here, Colab 91_on_a_gpu, from a public repository on GitHub.
+
+    Parameters
+    ----------
+    repository
+        owner/name
+    """
+    runner.write_badges(repository)
+
+
 @notebooks_app.command(name="check")
 def check_notebooks(*names: str) -> int:
     """Say what keeps notebooks from being committed: not executed, not canonical, missing figures, ..."""

@@ -362,6 +362,24 @@ def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
 # Committed outputs
 
 
+def write_badges(repository: str, readme: Path = ROOT / "README.md") -> None:
+    """Put badges of Binder and Colab for a repository on GitHub, owner/name, between the README's two markers."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"a repository is owner/name, got {repository!r}")
+    binder = f"https://mybinder.org/v2/gh/{repository}/HEAD?urlpath=lab/tree/notebooks/00_start_here.ipynb"
+    colab = f"https://colab.research.google.com/github/{repository}/blob/HEAD/notebooks/91_on_a_gpu.ipynb"
+    lines = f"[![Binder](https://mybinder.org/badge_logo.svg)]({binder})\n"
+    lines += f"[![Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})\n"
+    text = readme.read_text(encoding="utf-8")
+    marked = r"(<!-- badges.*?-->\n).*?(<!-- /badges -->)"
+    if len(re.findall(marked, text, re.DOTALL)) != 1:
+        raise ValueError(
+            f"{readme.name} needs a line '<!-- badges -->' and after it a line '<!-- /badges -->'"
+        )
+    changed = re.sub(marked, lambda found: found[1] + lines + found[2], text, flags=re.DOTALL)
+    write_atomically(readme, changed)
+
+
 def canonical(notebook) -> str:
     """The one committed form: outputs, counts and ids stay; stderr, errors, timings and widgets go."""
     import nbformat

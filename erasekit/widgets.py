@@ -28,7 +28,7 @@ __all__ = ["explore", "live", "studio", "vary"]
 def live() -> bool:
     """Whether this code runs in a notebook that is open in JupyterLab, where a panel can answer a click.
 
-    Its server names the notebook to the kernel in JPY_SESSION_NAME; papermill, nbconvert and nbval start kernels without.
+    Its server names the notebook to the kernel in JPY_SESSION_NAME; papermill, nbconvert and nbval do not.
     """
     return "JPY_SESSION_NAME" in os.environ
 

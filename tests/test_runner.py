@@ -1,6 +1,7 @@
 """The runner and the command line, on tiny notebooks made here: strict, cached, and clear when they fail."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -298,6 +299,27 @@ def test_refresh_writes_canonical_outputs_and_leaves_a_failing_notebook_alone(fo
     first = good.read_bytes()
     notebooks.refresh([good], executed=tmp_path / "build", figures=tmp_path)
     assert good.read_bytes() == first, "refreshing twice changes nothing"
+
+
+def test_badges_stand_between_the_readmes_markers_and_are_replaced(tmp_path):
+    readme = tmp_path / "README.md"
+    shutil.copyfile(ROOT / "README.md", readme)
+    plain = readme.read_text()
+    for repository in ("a-b/c.d", "e/f"):
+        notebooks.write_badges(repository, readme)
+        text = readme.read_text()
+        assert text.count("mybinder.org/v2/gh/") == text.count("colab.research.google.com/github/") == 1
+        assert f"gh/{repository}/HEAD?urlpath=lab/tree/notebooks/00_start_here.ipynb" in text
+        assert [line for line in text.splitlines() if "badge" not in line] == [
+            line for line in plain.splitlines() if "badge" not in line
+        ]
+    for name in ("00_start_here", "91_on_a_gpu"):
+        assert f"notebooks/{name}.ipynb" in text and (ROOT / "notebooks" / f"{name}.ipynb").exists()
+    with pytest.raises(ValueError, match="owner/name"):
+        notebooks.write_badges("https://github.com/e/f", readme)
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="needs a line"):
+        notebooks.write_badges("e/f", readme)
 
 
 def test_find_by_name_number_and_file(folder):
