@@ -455,6 +455,7 @@ PAPER_HEADINGS = (
 )
 REQUIRED_PARAMETERS = ("seed", "interactive", "run_gpu")
 MAX_BYTES, MAX_OUTPUT_BYTES, MAX_DEF_LINES = 1_000_000, 200_000, 10
+MAX_COLUMNS, MAX_ROWS = 7, 15  # of a table that is not folded away
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/<])/(?:home|root|Users|tmp|var|opt|usr|mnt|srv)/[\w.]|[A-Z]:\\+Users")
 
 
@@ -529,6 +530,18 @@ def _source_problems(path: Path, notebook, figures: Path) -> Iterator[str]:
             yield f"save_figure({name!r}) has no {', '.join(missing)} in {figures.name}/"
 
 
+def _open_tables(html: str) -> Iterator[tuple[int, int]]:
+    """Columns and rows, headings aside, of every table that is not folded away."""
+    if "<table" not in html:
+        return
+    from bs4 import BeautifulSoup
+
+    for table in BeautifulSoup(html, "html.parser").find_all("table"):
+        cells = [len(row.find_all("td")) for row in table.find_all("tr")]
+        if not table.find_parent("details"):
+            yield max(cells, default=0), sum(map(bool, cells))
+
+
 def _output_problems(notebook) -> Iterator[str]:
     here = [socket.gethostname(), str(ROOT)]
     private = re.compile("|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in here))
@@ -545,6 +558,12 @@ def _output_problems(notebook) -> Iterator[str]:
             text = "".join([output.get("text", ""), *(v for k, v in data.items() if k.startswith("text/"))])
             if found := ABSOLUTE_PATH.search(text) or private.search(text):
                 yield f"code cell {number} prints a path or name of this machine: {found.group()!r}"
+            for columns, rows in _open_tables(data.get("text/html", "")):
+                if columns > MAX_COLUMNS or rows > MAX_ROWS:
+                    yield (
+                        f"code cell {number} shows a table of {columns} columns and {rows} rows; at most {MAX_COLUMNS} "
+                        f"and {MAX_ROWS} can be read at a glance: fold the rest into <details>, or draw it"
+                    )
             if "image/png" in data:
                 pictures.append(data["image/png"])
         if len(set(pictures)) < len(pictures):

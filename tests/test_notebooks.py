@@ -126,6 +126,16 @@ def shown(kind, data):
     return new_output("display_data", {kind: data})
 
 
+def table(rows, columns):
+    line = "<tr><th>row</th>" + "<td>1</td>" * columns + "</tr>"
+    return "<table><tr>" + "<th>head</th>" * (columns + 1) + "</tr>" + line * rows + "</table>"
+
+
+def test_a_table_that_can_be_read_and_a_folded_one_pass():
+    folded = f"<details><summary>all</summary>{table(50, 20)}</details>"
+    assert list(notebooks._open_tables(table(15, 7) + folded)) == [(7, 15)]
+
+
 PNG = shown("image/png", base64.b64encode(b"picture").decode())
 BROKEN = {
     "gap in counts": (change_last(execution_count=9), "execution counts"),
@@ -147,6 +157,8 @@ BROKEN = {
     "stderr": (add("1", new_output("stream", name="stderr", text="warning")), "stderr output"),
     "error": (add("1", new_output("error", ename="E", evalue="", traceback=[])), "error output"),
     "widget": (add("1", shown("application/vnd.jupyter.widget-view+json", {"model_id": "a"})), "live widget"),
+    "long table": (add("1", shown("text/html", table(16, 2))), "16 rows"),
+    "wide table": (add("1", shown("text/html", table(2, 8))), "8 columns"),
     "timing metadata": (add("1", papermill={"duration": 1}), "canonical"),
     "absolute path": (
         add("1", text(f"saved {PurePosixPath('/', 'home', 'someone', 'x.png')}")),

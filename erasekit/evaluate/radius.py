@@ -7,9 +7,9 @@ embeddings x that the edited model reads, within tau, as the original read c are
     { x : sum_i ||W_i' x - W_i c||^2  <=  tau^2 sum_i ||W_i (c - n)||^2 },
 
 n the rows of a neutral prompt: an ellipsoid. Its distance from the rows p of a real prompt is one secular equation,
-that of a trust region: the nearest point solves (I + mu M) x = p + mu B c with M = sum_i W_i'^T W_i', B = sum_i W_i'^T W_i,
-and mu >= 0 is where the constraint holds with equality. Our own; no paper has it. It holds for every edit that changes
-keys and values alone, by one matrix or not.
+that of a trust region: the nearest point solves (I + mu M) x = p + mu B c with M = sum_i W_i'^T W_i' and
+B = sum_i W_i'^T W_i, and mu >= 0 is where the constraint holds with equality. Our own; no paper has it. It holds for
+every edit that changes keys and values alone, by one matrix or not.
 """
 
 from collections.abc import Iterable
