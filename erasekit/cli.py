@@ -301,6 +301,15 @@ def refresh_notebooks(*names: str, jobs: Jobs = 1) -> int:
     return 1 if runner.refresh(runner.find(names), jobs=jobs) else 0
 
 
+@notebooks_app.command(name="verify")
+def verify_notebooks(*names: str, jobs: Jobs = 1) -> int:
+    """Compare notebooks with their committed outputs, by nbval or by the run that has just drawn their figures."""
+    found = runner.verify(runner.find(names), jobs=jobs)
+    for name, problems in found.items():
+        print(*(f"{name}: {problem}" for problem in problems), sep="\n")
+    return 1 if found else 0
+
+
 @notebooks_app.command(name="badges")
 def badge_notebooks(repository: str) -> None:
     """Write the README's badges: Binder opens 00_start_here, Colab 91_on_a_gpu, from a public repository on GitHub.

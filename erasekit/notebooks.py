@@ -22,6 +22,8 @@ import os
 import queue
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +34,8 @@ from erasekit.paths import BUILD, DATA, FIGURES, NOTEBOOKS, ROOT, write_atomical
 
 CELL_TIMEOUT = 900  # seconds a single cell may take
 EXECUTED = BUILD / "notebooks"
+SANITIZE = NOTEBOOKS / "sanitize.cfg"
+CHECKED = "# NBVAL_CHECK_OUTPUT"  # begins a cell whose output is the same on every machine
 FIGURE_FILES = ("svg", "png", "csv", "json")  # what figures.save_figure writes for one name
 
 
@@ -296,6 +300,70 @@ def run_all(
     return failures
 
 
+# Checking against the committed outputs
+
+
+def verify(
+    paths: Sequence[Path], *, jobs: int = 1, executed: Path = EXECUTED, figures: Path = FIGURES
+) -> dict[str, list[str]]:
+    """Execute notebooks and compare the cells that begin with `CHECKED` with their committed outputs, as nbval does;
+    returns {name: what differs}.
+
+    A notebook whose executed copy is up to date, since `run_all` has just made it, is compared with that copy and not
+    executed a second time.
+    """
+    world = fingerprint()
+    fresh = [path for path in paths if _is_fresh(path, executed, figures, content_key(path, {}, world))]
+    found = {path.stem: differences(path, executed / path.name) for path in fresh}
+    for path in fresh:
+        print(
+            f"{'differs' if found[path.stem] else 'as committed':<13}{path.stem}, by the run that drew its figures"
+        )
+    if stale := [path for path in paths if path not in fresh]:
+        options = [
+            "--nbval-lax",
+            "--nbval-current-env",
+            "--nbval-cell-timeout",
+            "600",
+            "--nbval-sanitize-with",
+            SANITIZE,
+        ]
+        options += ["-n", jobs, "--dist", "loadscope", "--no-loadscope-reorder"]
+        longest_first = sorted(stale, reverse=True)  # so that no worker waits for the last
+        command = [sys.executable, "-m", "pytest", *longest_first, *options]
+        if subprocess.run([str(word) for word in command]).returncode:
+            found["nbval"] = ["failed, see above"]
+    return {name: problems for name, problems in found.items() if problems}
+
+
+def differences(committed: Path, executed: Path) -> list[str]:
+    """What the checked cells of an executed copy print otherwise than the committed notebook says."""
+    import nbformat
+    from nbval.plugin import get_sanitize_patterns
+
+    patterns = get_sanitize_patterns(SANITIZE.read_text(encoding="utf-8"))
+
+    def said(cell) -> str:
+        text = "".join(
+            output.get("text", "")
+            + "".join(output.get("data", {}).get(kind, "") for kind in ("text/plain", "text/html"))
+            for output in cell.outputs
+        )
+        for pattern, replacement in patterns:
+            text = re.sub(pattern, replacement, text)
+        return text.strip()
+
+    both = [
+        {cell.id: cell for cell in nbformat.read(path, 4).cells if cell.source.startswith(CHECKED)}
+        for path in (committed, executed)
+    ]
+    return [
+        f"cell {name}: {_one_line(said(both[1][name]))} in place of {_one_line(said(cell))}"
+        for name, cell in both[0].items()
+        if said(cell) != said(both[1][name])
+    ]
+
+
 class _Progress:
     """One bar per running notebook on a terminal, one line per event elsewhere."""
 
@@ -502,7 +570,7 @@ def _source_problems(path: Path, notebook, figures: Path) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    marked = sum("# NBVAL_CHECK_OUTPUT" in cell.source for cell in code)
+    marked = sum(CHECKED in cell.source for cell in code)
     if not 3 <= marked <= 6:
         yield f"{marked} cells marked NBVAL_CHECK_OUTPUT, not 3 to 6"
     for number, cell in enumerate(code, 1):

@@ -1,5 +1,6 @@
 """The runner and the command line, on tiny notebooks made here: strict, cached, and clear when they fail."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -299,6 +300,48 @@ def test_refresh_writes_canonical_outputs_and_leaves_a_failing_notebook_alone(fo
     first = good.read_bytes()
     notebooks.refresh([good], executed=tmp_path / "build", figures=tmp_path)
     assert good.read_bytes() == first, "refreshing twice changes nothing"
+
+
+@pytest.fixture
+def verify(tmp_path, monkeypatch):
+    """verify beside `run_all`, and what pytest was called with."""
+    called = []
+    monkeypatch.setattr(notebooks, "fingerprint", lambda: "frozen")
+    monkeypatch.setattr(
+        notebooks.subprocess, "run",
+        lambda command: called.append(command) or subprocess.CompletedProcess(command, 0),
+    )  # fmt: skip
+    return lambda *paths: (notebooks.verify(paths, executed=tmp_path / "build", figures=tmp_path), called)
+
+
+def test_what_was_just_executed_is_compared_and_not_executed_again(folder, tmp_path, run_all, verify):
+    source = f"{notebooks.CHECKED}\nprint('took 3 s, seed', seed)"
+    path = write_notebook(folder / "a.ipynb", source, "print(id(object()))")
+    assert run_all([path]) == {}
+    executed = nbformat.read(tmp_path / "build" / "a.ipynb", 4)
+    committed = nbformat.read(path, 4)
+    for cell, done in zip(committed.cells, executed.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs = copy.deepcopy(done.outputs)
+    committed.cells[-1].outputs[0].text = "another address"  # not a checked cell
+    committed.cells[-2].outputs[0].text = "took 40 s, seed 3\n"  # times are taken out
+    nbformat.write(committed, path)
+    assert verify(path) == ({}, [])
+    committed.cells[-2].outputs[0].text = "took 3 s, seed 4\n"
+    nbformat.write(committed, path)
+    found, called = verify(path)
+    assert list(found) == ["a"] and "seed 3" in found["a"][0] and "seed 4" in found["a"][0] and not called
+
+
+def test_what_has_changed_since_is_given_to_nbval(folder, run_all, verify):
+    path = write_notebook(folder / "a.ipynb", "1")
+    other = write_notebook(folder / "b.ipynb", "2")
+    assert run_all([path, other]) == {}
+    changed = nbformat.read(path, 4)
+    changed.cells.append(new_code_cell("3"))
+    nbformat.write(changed, path)
+    found, (command,) = verify(path, other)
+    assert not found and str(path) in command and str(other) not in command and "--nbval-lax" in command
 
 
 def test_badges_stand_between_the_readmes_markers_and_are_replaced(tmp_path):
