@@ -200,20 +200,31 @@ def text_projected_once(unet: nn.Module) -> Iterator[None]:
 def channels_last(*modules: nn.Module) -> Iterator[None]:
     """Inside the block the kernels of convolutions lie in memory as a CPU likes them, channels last; elsewhere, and
     afterwards, as before. The emoji world's UNet takes a fifth less time on some processors and a tenth more on others.
+
+    Kernels that share their memory still do. Those that a gradient is about to reach stay: they lie as the moments of
+    their optimizer do.
     """
-    kernels = [
-        parameter
+    kernels = {
+        id(parameter): parameter
         for module in modules
         for parameter in module.parameters()
         if parameter.ndim == 4 and parameter.device.type == "cpu" and parameter.is_contiguous()
-    ]
+        and not (parameter.requires_grad and torch.is_grad_enabled())
+    }  # fmt: skip
+
+    def lay(memory_format: torch.memory_format) -> None:
+        moved = {}
+        for kernel in kernels.values():
+            place = kernel.data_ptr()
+            if place not in moved:
+                moved[place] = kernel.data.contiguous(memory_format=memory_format)
+            kernel.data = moved[place]
+
     try:
-        for kernel in kernels:
-            kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+        lay(torch.channels_last)
         yield
     finally:
-        for kernel in kernels:
-            kernel.data = kernel.data.contiguous()
+        lay(torch.contiguous_format)
 
 
 def text_backbone(text_encoder: nn.Module) -> nn.Module:

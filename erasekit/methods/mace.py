@@ -315,6 +315,8 @@ def adapter(model: DiffusionModel, rank: int, generator: torch.Generator) -> nn.
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=r".*attn2\.to_[kv]"))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # PEFT gives it the precision of the weight beside it
         if "lora_A" in name:
             value = torch.randn(parameter.shape, generator=generator) / rank
             parameter.data.copy_(value)
