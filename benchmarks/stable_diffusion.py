@@ -2,6 +2,7 @@
 
     python benchmarks/stable_diffusion.py --out data/results/benchmark_stable_diffusion.json
     python benchmarks/stable_diffusion.py --device cuda --out build/stable_diffusion_cuda.json
+    python benchmarks/stable_diffusion.py --trained --half --out data/results/benchmark_memory.json
 
 A timing, never a result. The pipelines are made of the real classes, from the shapes below, and saved once below
 build/stable_diffusion/ (4 GB, 5 GB and 7 GB). The tokenizer is the emoji world's, with 77 positions: a real CLIP
@@ -274,10 +275,10 @@ ROWS = [
 ]
 
 
-def row(family: str, name: str, device: str, place: Path) -> dict:
-    """One row of the table, measured in this process."""
+def row(family: str, name: str, device: str, place: Path, half: bool = False) -> dict:
+    """One row of the table, measured in this process. half: in bfloat16, as those that need it are anyway."""
     begin = now()
-    half = family == "sdxl" or name in HALVED
+    half = half or family == "sdxl" or name in HALVED
     dtype = "auto" if device != "cpu" else "bfloat16" if half else "float32"
     model = ek.load(folder(family), device=device, dtype=dtype)
     seconds = {"load": now() - begin}
@@ -408,6 +409,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--trained", action="store_true", help="of Stable Diffusion 1.4 the methods that train")
+    parser.add_argument("--half", action="store_true", help="in bfloat16, on the CPU as well")
     parser.add_argument("--note", default="", help="for the file: what else the machine was doing")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--build", choices=SHAPES, help=argparse.SUPPRESS)
@@ -417,7 +420,7 @@ def main() -> None:
         return
     if given.row:
         with tempfile.TemporaryDirectory() as place:
-            found = row(*given.row, given.device, Path(place))
+            found = row(*given.row, given.device, Path(place), given.half)
         write_atomically(given.out, json.dumps(found))
         return
     details = {
@@ -428,14 +431,15 @@ def main() -> None:
         "recipes": recipes(),
         "rows": read(given.out).details["rows"] if given.out.exists() else {},
     }
-    command = f"python benchmarks/stable_diffusion.py --device {given.device} --out {given.out.as_posix()}"
+    flags = "".join(f" --{name}" for name in ("trained", "half") if getattr(given, name))
+    command = f"python benchmarks/stable_diffusion.py{flags} --device {given.device} --out {given.out.as_posix()}"
     result = Result(command, "benchmark", machine=machine(), details=details)
-    again = [sys.executable, __file__, "--device", given.device, "--out"]
+    again = [sys.executable, __file__, "--device", given.device, *(["--half"] if given.half else []), "--out"]
     passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # a thread that waits takes no processor time
     part = given.out.with_suffix(".row.json")
     for family, name in ROWS:
         label = f"{family}: {name}"
-        if family not in given.families or label in details["rows"]:
+        if family not in given.families or label in details["rows"] or (given.trained and name not in TRAINED):
             continue
         if not folder(family).exists():
             subprocess.run([*again, os.devnull, "--build", family], check=True)
