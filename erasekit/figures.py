@@ -199,6 +199,75 @@ def rates(
     return fig
 
 
+def beside(
+    published: pd.DataFrame,
+    measured: pd.DataFrame,
+    *,
+    methods: dict[str, str],
+    titles: tuple[str, str] = ("in the paper", "measured here"),
+    about: tuple[str, str] = ("share", "share of pictures, 95 % interval"),
+) -> Figure:
+    """What a paper reports and what is measured here, side by side in the paper's layout: two protocols, two axes.
+
+    published: columns row, series and rate; measured: low and high as well. Where both have a column panel there is a
+    line of panels for each value of it, at most two. Rows that are numbers are an axis, and each series a line; others
+    are lines of the panel, each side's its own, in their order of appearance. methods: of each series the method
+    whose color and marker it has. A paper's markers are hollow: it gives no interval.
+    """
+    both = [side if "panel" in side else side.assign(panel="") for side in (published, measured)]
+    panels = list(dict.fromkeys([*both[0]["panel"], *both[1]["panel"]]))
+    if len(panels) > 2:
+        raise ValueError(f"two lines of panels at most, got {len(panels)}: {', '.join(map(str, panels))}")
+    numbers = all(pd.api.types.is_numeric_dtype(side["row"]) for side in both)
+    lines = max(side["row"].nunique() for side in both)
+    height = 1.9 if numbers else 0.55 + lines * (0.1 + 0.09 * len(methods))
+    fig, axs = plt.subplots(len(panels), 2, figsize=(WIDE, 0.45 + height * len(panels)), squeeze=False)
+    for line, panel in zip(axs, panels, strict=True):
+        for ax, side, title, label in zip(line, both, titles, about, strict=True):
+            _one_side(ax, side[side["panel"] == panel], methods, numbers)
+            ax.set_title(f"{title}: {panel}" if panel else title)
+            ax.set(
+                **{f"{'y' if numbers else 'x'}label": label, f"{'y' if numbers else 'x'}lim": (-0.04, 1.04)}
+            )
+    handles = {
+        label: handle
+        for ax in axs.flat
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    if len(handles) > 1:
+        shown = [name for name in methods if name in handles]
+        fig.legend(
+            [handles[name] for name in shown], shown, loc="outside lower center", ncols=4, frameon=False
+        )
+    return fig
+
+
+def _one_side(ax: Axes, side: pd.DataFrame, methods: dict[str, str], numbers: bool) -> None:
+    rows = list(dict.fromkeys(side["row"]))
+    here = [name for name in methods if name in set(side["series"])]
+    for place, name in enumerate(here):
+        of = side[side["series"] == name]
+        color, marker = METHOD_COLORS.get(methods[name], "0.5"), METHOD_MARKERS.get(methods[name], ".")
+        at = (
+            of["row"]
+            if numbers
+            else [rows.index(row) + 0.6 * ((place + 0.5) / len(here) - 0.5) for row in of["row"]]
+        )
+        error = [of["rate"] - of["low"], of["high"] - of["rate"]] if "low" in of else None
+        look = {"color": color, "marker": marker, "ms": 5, "ls": "-" if numbers else "", "label": name}
+        look |= {"mfc": color if "low" in of else "none"}
+        if numbers:
+            ax.errorbar(at, of["rate"], yerr=error, **look)
+        else:
+            ax.errorbar(of["rate"], at, xerr=error, **look)
+    if numbers:
+        ax.set(xscale="log", xticks=rows, xticklabels=rows)
+        ax.minorticks_off()
+    else:
+        ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
+
+
 def matrix(shares: pd.DataFrame, *, groups: Sequence[str] = (), about: str = "") -> Figure:
     """Shares from 0 to 1 as a colored table, in hundredths; an empty cell (NaN) is gray.
 
