@@ -230,6 +230,20 @@ def now() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time() / torch.get_num_threads()])
 
 
+def memory_mb(what: str) -> int | None:
+    """VmRSS, the memory that this process holds, or VmHWM, the most it has held; None where Linux does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((round(int(line.split()[1]) / 1024) for line in lines if line.startswith(f"{what}:")), None)
+
+
+def peak_from_now() -> int | None:
+    """Let VmHWM begin anew; returns what is held, weights and libraries."""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+    return memory_mb("VmRSS")
+
+
 # ---- rows -------------------------------------------------------------------------------------------------------
 
 PHRASES = 20  # of one malicious concept in TRCE's code
@@ -362,10 +376,11 @@ def trained(
     changes = smaller | (smaller_cpu if cpu else {})
     config = replace(whole, iterations=1, **changes)
     keep = ["house", "castle", "dog", "cat", "horse"][: config.retain_batch] if method == "advunlearn" else ()
-    begin = now()
+    begin, loaded = now(), peak_from_now()
     with Meter() as meter:
         module.fit(model, "church", keep, config=config, callback=meter.mark, folder=place)
     seconds["fit"] = now() - begin
+    memory = {"loaded": loaded, "fit": memory_mb("VmHWM")} if cpu else {}
     set_up, one = meter.between(0, 1), meter.between(1, 2)
     seconds |= {"set_up": set_up["seconds"], "iteration": one["seconds"]}
     training = one["seconds"] - one["free_seconds"]
@@ -379,6 +394,7 @@ def trained(
     return {
         "preset": preset,
         "smaller": changes,
+        "memory_mb": memory,
         "measured": {"set_up": set_up["free"], "free": one["free"], "trained": one["trained"]},
         "seconds_per_latent": {key: round(value, 4) for key, value in pace.items()},
         "estimate": {
