@@ -23,8 +23,8 @@ LARGE = 100_000_000  # parameters, from which on activations are computed twice 
 
 
 def trainee(module: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A copy of which only the parameters `names` are trained, in single precision; all others are those of `module`,
-    in its precision and its memory, whose values must stay while the copy is used.
+    """A copy of which only the parameters `names` are trained, in single precision or better; all others are those of
+    `module`, in its precision and its memory, whose values must stay while the copy is used.
     """
     wanted = set(names)
     rest = [one for name, one in module.named_parameters() if name not in wanted]
@@ -32,7 +32,7 @@ def trainee(module: nn.Module, names: Sequence[str]) -> nn.Module:
     copied = copy.deepcopy(module, shared).train(False)
     for name, parameter in copied.named_parameters():
         if name in wanted:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
     return copied
 

@@ -316,7 +316,8 @@ def adapter(model: DiffusionModel, rank: int, generator: torch.Generator) -> nn.
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
-            parameter.data = parameter.data.float()  # PEFT gives it the precision of the weight beside it
+            # PEFT gives it the precision of the weight beside it
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         if "lora_A" in name:
             value = torch.randn(parameter.shape, generator=generator) / rank
             parameter.data.copy_(value)
