@@ -212,7 +212,8 @@ def beside(
     published: columns row, series and rate; measured: low and high as well. Where both have a column panel there is a
     line of panels for each value of it, at most two. Rows that are numbers are an axis, and each series a line; others
     are lines of the panel, each side's its own, in their order of appearance. methods: of each series the method
-    whose color and marker it has. A paper's markers are hollow: it gives no interval.
+    whose color and marker it has. A paper's markers are hollow: it gives no interval. What published says of them in a
+    column trust stands above them.
     """
     both = [side if "panel" in side else side.assign(panel="") for side in (published, measured)]
     panels = list(dict.fromkeys([*both[0]["panel"], *both[1]["panel"]]))
@@ -229,6 +230,9 @@ def beside(
             ax.set(
                 **{f"{'y' if numbers else 'x'}label": label, f"{'y' if numbers else 'x'}lim": (-0.04, 1.04)}
             )
+    if "trust" in published:
+        first = axs[0][0]
+        first.set_title("\n".join([first.get_title(), f"({'; '.join(dict.fromkeys(published['trust']))})"]))
     handles = {
         label: handle
         for ax in axs.flat

@@ -103,6 +103,13 @@ def test_a_papers_markers_are_hollow_and_ours_have_intervals():
     assert not fig.legends  # one series needs none
 
 
+def test_how_far_a_papers_numbers_can_be_trusted_stands_above_them():
+    left, right = sides()
+    fig = figures.beside(left.assign(trust="recalled, not confirmed"), right, methods={"UCE": "uce"})
+    assert [ax.get_title() for ax in fig.axes] == ["in the paper\n(recalled, not confirmed)", "measured here"]
+    assert figures.beside(left, right, methods={"UCE": "uce"}).axes[0].get_title() == "in the paper"
+
+
 def test_numbers_as_rows_are_an_axis():
     left, right = sides()
     fig = figures.beside(left.assign(row=[1, 10]), right.assign(row=[1, 50]), methods={"UCE": "uce"})
