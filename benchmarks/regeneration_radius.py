@@ -9,7 +9,7 @@
 3. Their order beside that of UnlearnDiffAtk's successes on the same edits, as committed: Kendall's tau-b, exact p.
 
 The edits are the attacked ones: `build/edits/METHOD_CONCEPT.safetensors`, which `workflow/Snakefile` makes. Edits of
-more than keys and values (ESD, AdvUnlearn) and filters have no radius.
+more than keys and values (ESD, AdvUnlearn, TRCE with both stages) and filters have no radius.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from erasekit.models import DiffusionModel
 
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PICTURES = 100  # for each distance and kind of direction
-DOG = ("uce", "rece", "rece-start", "dp", "speed", "oce", "mace", "realera", "trce")
-WEAPON = ("uce", "rece", "rece-start", "mace", "realera", "trce-text", "trce")
+DOG = ("uce", "rece", "rece-start", "dp", "speed", "oce", "mace", "realera")
+WEAPON = ("uce", "rece", "rece-start", "mace", "trce-text")
 
 
 def prompt(model: DiffusionModel, name: str) -> torch.Tensor:

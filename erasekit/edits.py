@@ -211,11 +211,14 @@ class Edit:
                 model._active.pop()
         check_unfused(model.denoiser)  # what was fused inside the block keeps the edit
 
-    def merged(self, model: DiffusionModel, scale: float = 1.0) -> DiffusionModel:
-        """A new model with the edit folded into its weights; `model` is left alone. ValueError for a filter."""
+    def merged(self, model: DiffusionModel, scale: float = 1.0, *, shared: bool = False) -> DiffusionModel:
+        """A new model with the edit folded into its weights; `model` is left alone. ValueError for a filter.
+
+        shared: what the edit leaves lies in the memory of `model`, as in its `copy`.
+        """
         self._check_weights("merged")
         self._check_base(model)
-        merged = model.copy()
+        merged = model.copy(shared=shared)
         _write_values(self._edited(merged, scale))
         return merged
 

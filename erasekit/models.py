@@ -528,14 +528,17 @@ class DiffusionModel:
                 "edit.merged(model) returns"
             )
 
-    def copy(self) -> "DiffusionModel":
+    def copy(self, *, shared: bool = False) -> "DiffusionModel":
         """An independent model with the same weights. ValueError while an edit is in force, and for a pipeline that
         cannot be copied.
+
+        shared: its weights lie in the memory of this model's, whose values must stay as they are; an edit of either
+        makes new ones.
         """
         if self._active or self._filtered:
             raise ValueError("an edit is applied to this model: leave its `with` block first")
         try:
-            return DiffusionModel(copied(self.pipeline), self.preset)
+            return DiffusionModel(copied(self.pipeline, shared), self.preset)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"the pipeline cannot be copied ({error}): load it without offloading and quantization, or use "
@@ -597,9 +600,16 @@ class DiffusionModel:
         )
 
 
-def copied(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A deep copy that shares the tokenizers: they do not change, and their decoder does not survive a deep copy."""
-    result = copy.deepcopy(pipeline)
+def copied(pipeline: DiffusionPipeline, shared: bool = False) -> DiffusionPipeline:
+    """A deep copy that shares the tokenizers: they do not change, and their decoder does not survive a deep copy.
+    shared: the values of parameters as well.
+    """
+    modules = (
+        [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)] if shared else []
+    )
+    parameters = [one for module in modules for one in module.parameters()]
+    memo = {id(one): torch.nn.Parameter(one.detach(), one.requires_grad) for one in parameters}
+    result = copy.deepcopy(pipeline, memo)
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
             setattr(result, name, part)

@@ -6,7 +6,7 @@ from conftest import tiny_pipeline
 
 import erasekit as ek
 from erasekit import tuning
-from erasekit.layers import channels_last
+from erasekit.layers import channels_last, cross_attention_kv
 from erasekit.methods import mace
 from erasekit.tuning import checkpointed, frozen, trainee
 
@@ -30,6 +30,10 @@ def call():
     return made
 
 
+def keys_and_values(model):
+    return set(cross_attention_kv(model.unet))
+
+
 def places(unet):
     return {name: one.data_ptr() for name, one in unet.named_parameters()}
 
@@ -46,6 +50,24 @@ def test_what_is_not_trained_is_shared_and_the_model_keeps_its_flags(model):
     assert not torch.equal(
         dict(copied.named_parameters())[TRAINED], dict(model.unet.named_parameters())[TRAINED]
     )
+
+
+def test_a_model_beside_another_holds_only_what_an_edit_changes(model):
+    edit = ek.uce.fit(model, "dog", ["castle"])
+    before = {name: one.detach().clone() for name, one in model.unet.named_parameters()}
+    beside, alone = edit.merged(model, shared=True), edit.merged(model)
+    for own, place in places(beside.unet).items():
+        assert (place == places(model.unet)[own]) == (own not in keys_and_values(model))
+    assert not set(places(alone.unet).values()) & set(places(model.unet).values())
+    with edit.applied(model):
+        assert all(
+            torch.equal(a, b) for a, b in zip(beside.unet.parameters(), alone.unet.parameters(), strict=True)
+        )
+    assert all(torch.equal(one, before[name]) for name, one in model.unet.named_parameters())
+    assert beside.fingerprint() == alone.fingerprint() != model.fingerprint()
+    assert [one.requires_grad for one in beside.unet.parameters()] == [
+        one.requires_grad for one in model.unet.parameters()
+    ]
 
 
 def test_trained_parts_of_a_half_precision_model_are_in_single_precision():

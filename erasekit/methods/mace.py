@@ -417,7 +417,7 @@ def fit(
     if not config.lora:
         return stage
 
-    refined, beside = stage.merged(model), {}
+    refined, beside = stage.merged(model, shared=True), {}
     if not model.own_loop:
         first, beside = prompt_rows.keys_and_values(model, stage, refined)
     changes, keys, places = [], [], []

@@ -566,7 +566,7 @@ def fit(
     if not config.lora:
         return stage
 
-    start, beside = model.copy() if stage is None else stage.merged(model), {}
+    start, beside = model.copy(shared=True) if stage is None else stage.merged(model, shared=True), {}
     if stage is not None and not model.own_loop:
         first, beside = prompt_rows.keys_and_values(model, stage, start)
     changes, keys, places = [], [], []

@@ -456,7 +456,7 @@ def fit(
             return stage
 
     steered = pairs(erased, instead, replace(config, templates=config.steer_templates))
-    start = model.copy() if stage is None else stage.merged(model)
+    start = model.copy(shared=True) if stage is None else stage.merged(model, shared=True)
     change = steer(model, start, steered, config, generator, callback, folder, progress)
     if stage is not None and not model.own_loop:
         first, beside = prompt_rows.keys_and_values(model, stage, start)
