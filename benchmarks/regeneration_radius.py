@@ -28,7 +28,7 @@ from erasekit.evaluate.records import Result, read, save
 from erasekit.evaluate.runs import machine
 from erasekit.models import DiffusionModel
 
-TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TAUS = (0.2, 0.4, 0.6, 0.8)
 PICTURES = 100  # for each distance and kind of direction
 DOG = ("uce", "rece", "rece-start", "dp", "speed", "oce", "mace", "realera")
 WEAPON = ("uce", "rece", "rece-start", "mace", "trce-text")
@@ -94,7 +94,7 @@ def main() -> None:
             row["seconds_of_one_radius"] = round((time.perf_counter() - began) / len(TAUS) / len(erased), 4)
             near = {
                 tau: [min(radius(of, every[n], p, neutral, tau)[0] for p in starts) for n in erased]
-                for tau in (0.3, 0.5, 0.7)
+                for tau in TAUS
             }
             row["own"] = {str(tau): sum(one) / len(one) for tau, one in own.items()}
             row["nearest"] = {str(tau): sum(one) / len(one) for tau, one in near.items()}
