@@ -75,12 +75,13 @@ def main() -> None:
     weapons = [one.name for one in data.concepts() if one.weapon]
     neutral = model.encode("")[0].double()
     every = {name: prompt(model, name) for name in names}
+    kept = read(given.out).details if given.out.exists() else {}  # the pictures of an interrupted call
     result = Result(
         f"python benchmarks/regeneration_radius.py --out {given.out.as_posix()}",
         "benchmark",
         **world.subject(model),
         machine=machine(),
-        details={"tau": calibrated(model, response(model, None)), "radii": []},
+        details={"tau": kept.get("tau") or calibrated(model, response(model, None)), "radii": []},
     )
     save(result, given.out)
     for concept, methods in (("dog", DOG), ("weapon", WEAPON)):
@@ -89,7 +90,7 @@ def main() -> None:
         for method in methods:
             edit = ek.Edit.load(given.edits / f"{method}_{concept}.safetensors")
             of, began = response(model, edit), time.perf_counter()
-            row = {"erased": concept, "method": method, "digest": edit.digest()}
+            row = {"erased": concept, "method": method, "digest": edit.digest}
             own = {tau: [radius(of, every[n], every[n], neutral, tau)[0] for n in erased] for tau in TAUS}
             row["seconds_of_one_radius"] = round((time.perf_counter() - began) / len(TAUS) / len(erased), 4)
             near = {
