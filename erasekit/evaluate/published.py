@@ -18,6 +18,7 @@ STATES = {
     "measured": "measured here",
     "analogue": "analogue here",
     "weights": "needs real weights",
+    "open": "not measured here",
     "unknown": "not known to us",
 }
 TABLE = (

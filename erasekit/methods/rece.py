@@ -57,7 +57,7 @@ class Config:
     """Settings of RECE; symbols in the module docstring.
 
     start: the UCE edit that the rounds begin with, and which rows of a prompt are erased. regularizer: what lam pulls
-    c' to. "zero": ||c'||^2, the one the paper reports; and from the code alone, "anchor": ||c' - c*||^2, "source":
+    c' to. "zero": ||c'||^2, that of the README's settings; and from the code alone, "anchor": ||c' - c*||^2, "source":
     ||c' - c||^2, "surrogate": sum_i ||W_i^new (c' - c)||^2, "both": the last two. pairs: which rows of concept and
     anchor prompt the rounds pair. "positions": row by row, all of them, in "{}", whatever rows the start pairs [code];
     a blank anchor's end token is then the target of the subject, which UCE had sent to the start token. "start": the
