@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
+import nbformat
 import pytest
 
 from erasekit.paths import NOTEBOOKS, ROOT
@@ -150,3 +151,18 @@ def test_missing_names_are_found():
     assert missing_names(good) == []
     for bad in ("make nothing", "99_no_such", "erasekit/no_such.py", "NOTHING.md"):
         assert missing_names(good + f" and `{bad}`") == [bad]
+
+
+def test_the_minutes_of_the_readme_are_those_of_the_notebooks():
+    words = {"Under a": 1, "One": 1, "Two": 2, "Three": 3, "Four": 4}
+    table = re.findall(
+        r"^\| \[`(\w+)`\].*\| (\d+) / (\d+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(table) == len(list(NOTEBOOKS.glob("*.ipynb")))
+    for name, run, read in table:
+        cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells[:4]
+        said = " ".join(" ".join(cell.source for cell in cells).split())
+        number, told, reading = re.search(
+            r"(Under a|[A-Z][a-z]+)(?: (\d+))? minutes? to run on two CPU cores, (\d+)", said
+        ).groups()
+        assert (run, read) == (told or str(words[number]), reading), name
