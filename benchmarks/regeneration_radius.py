@@ -6,7 +6,7 @@
    to another concept and in random directions; at which distance does the judge stop seeing the concept?
 2. Radii of edits of "dog" and of the seven weapons (their mean), from the concept's own prompt and from the nearest of
    all other concepts' prompts.
-3. Their order beside that of UnlearnDiffAtk's successes on the same edits, as committed: Kendall's tau-b, exact p.
+3. Their order beside that of UnlearnDiffAtk's successes on the same edits, as committed: Kendall's tau-b, and its p.
 
 The edits are the attacked ones: `build/edits/METHOD_CONCEPT.safetensors`, which `workflow/Snakefile` makes. Edits of
 more than keys and values (ESD, AdvUnlearn, TRCE with both stages) and filters have no radius.
@@ -123,7 +123,7 @@ def order(rows: list[dict]) -> list[dict]:
         rates = [row["attack"]["rate"] for row in here]
         for kind in ("own", "nearest"):
             for tau in here[0][kind]:
-                test = kendalltau([row[kind][tau] for row in here], rates, method="exact")
+                test = kendalltau([row[kind][tau] for row in here], rates, method="auto")
                 found.append({
                     "erased": concept, "from": kind, "tau": float(tau), "methods": len(here),
                     "kendall": float(test.statistic), "p": float(test.pvalue),

@@ -83,12 +83,14 @@ def descend(
     clip: float = float("inf"),
     also: Sequence = (),
     clean: bool = True,
+    again: bool = True,
 ) -> Path:
     """Minimize the loss over the trainable parameters of `module` by Adam, as the papers do.
 
     Checkpoints lie in a folder of their own, which is returned, for the same model, settings, prompts, generator and
     whatever `also` depends on (texts, tensors, models), so that an interrupted run goes on; with `clean` they are
-    deleted at the end.
+    deleted at the end. again: activations of large denoisers may be computed a second time, which a loss that listens
+    inside the forward pass does not allow.
     """
     what = [method, model.fingerprint(), model.edits_in_force(), asdict(config), list(prompts)]
     what += [generator.get_state().tolist(), [digest(one) for one in also]]
@@ -103,9 +105,8 @@ def descend(
     inside = (
         (model.denoiser, *module.values()) if isinstance(module, nn.ModuleDict) else (model.denoiser, module)
     )
-    with (
-        frozen(model.denoiser, *model.text_encoders.values()), channels_last(*inside), checkpointed(*inside)
-    ):  # fmt: skip
+    recomputed = checkpointed(*inside if again else ())
+    with frozen(model.denoiser, *model.text_encoders.values()), channels_last(*inside), recomputed:
         optimize(
             method, module, careful, steps=config.iterations, peak=config.lr, generator=generator, schedule=constant,
             betas=(0.9, 0.999), weight_decay=weight_decay, clear=clear, clip=clip, decay=0.0,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_pipeline
+from diffusers import UNet2DConditionModel
 
 import erasekit as ek
 from erasekit import tuning
@@ -126,29 +127,43 @@ def test_a_text_encoder_is_left_alone(model, monkeypatch):
         assert model.unet.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("method", ["esd", "mace", "realera", "trce", "advunlearn"])
+SMALL = {
+    "esd": {"iterations": 3, "batch": 2, "noises": 1, "sampler": 3, "lr": 1e-3},
+    "mace": {"iterations": 3, "batch": 2, "pictures": 1, "lr": 1e-3},
+    "realera": {"iterations": 3, "batch": 2, "noises": 1, "sampler": 3, "lr": 1e-3},
+    "trce": {"iterations": 3, "batch": 2, "lr": 1e-3, "stages": "trajectory"},
+    "advunlearn": {"iterations": 3, "batch": 2, "noises": 1, "sampler": 3, "lr": 1e-3, "attack_steps": 1},
+}
+
+
+def losses(method, folder, dtype=torch.float32):
+    seen = []
+    getattr(ek, method).fit(
+        ek.load(tiny_pipeline().to(dtype)), "dog", config=getattr(ek, method).Config(**SMALL[method]),
+        generator=torch.Generator().manual_seed(0), folder=folder,
+        callback=lambda state: seen.append(float(state["loss"])) if "loss" in state else None,
+    )  # fmt: skip
+    assert len(seen) >= 3
+    return torch.tensor(seen)
+
+
+@pytest.mark.parametrize("method", SMALL)
 def test_training_in_half_precision_follows_single_precision(method, tmp_path):
-    """Losses of the first updates, on a CPU in bfloat16; the control: another learning rate is further away."""
-    small = {
-        "esd": {"iterations": 3, "batch": 2, "noises": 1, "sampler": 3, "lr": 1e-3},
-        "mace": {"iterations": 3, "batch": 2, "pictures": 1, "lr": 1e-3},
-        "realera": {"iterations": 3, "batch": 2, "noises": 1, "sampler": 3, "lr": 1e-3},
-        "trce": {"iterations": 3, "batch": 2, "lr": 1e-3, "stages": "trajectory"},
-        "advunlearn": {"iterations": 3, "batch": 2, "noises": 1, "sampler": 3, "lr": 1e-3, "attack_steps": 1},
-    }[method]
-    module = getattr(ek, method)
-    fields = module.Config.__dataclass_fields__
-    config = module.Config(**{key: value for key, value in small.items() if key in fields})
+    """Losses of the first updates, on a CPU in bfloat16."""
+    single = losses(method, tmp_path / "single")
+    assert torch.allclose(losses(method, tmp_path / "half", torch.bfloat16), single, rtol=0.1, atol=1e-4)
 
-    def losses(dtype):
-        seen = []
-        module.fit(
-            ek.load(tiny_pipeline().to(dtype)), "dog", config=config, generator=torch.Generator().manual_seed(0),
-            callback=lambda state: seen.append(float(state["loss"])) if "loss" in state else None,
-            folder=tmp_path / str(dtype),
-        )  # fmt: skip
-        return torch.tensor(seen)
 
-    single, half = losses(torch.float32), losses(torch.bfloat16)
-    assert len(single) == len(half) > 0
-    assert torch.allclose(half, single, rtol=0.1, atol=1e-4), (single, half)
+@pytest.mark.parametrize("method", SMALL)
+def test_a_large_denoiser_is_trained_as_a_small_one(method, tmp_path, monkeypatch):
+    small, forward, seen = losses(method, tmp_path / "small"), UNet2DConditionModel.forward, []
+
+    def watched(unet, *args, **kwargs):
+        if torch.is_grad_enabled():
+            seen.append(unet.is_gradient_checkpointing)
+        return forward(unet, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+    monkeypatch.setattr(tuning, "LARGE", 0)
+    assert torch.allclose(losses(method, tmp_path / "large"), small, rtol=1e-4)
+    assert set(seen) == {method != "mace"}, "MACE's loss is of the attention inside"

@@ -305,6 +305,7 @@ def suppress(
     place = descend(
         "mace", model, unet, loss, config, [concept.name, *pictures.prompts], generator, callback, folder, progress,
         weight_decay=0.01, clip=1.0, also=[pictures.latents, pictures.masks, pictures.columns], clean=False,
+        again=False,
     )  # fmt: skip
     return products(unet), place
 
