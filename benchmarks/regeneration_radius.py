@@ -21,7 +21,7 @@ from scipy.stats import kendalltau
 
 import erasekit as ek
 from erasekit.emoji import data
-from erasekit.evaluate import metrics, world
+from erasekit.evaluate import world
 from erasekit.evaluate.judges import JUDGES
 from erasekit.evaluate.radius import Response, radius, response
 from erasekit.evaluate.records import Result, read, save
@@ -58,9 +58,14 @@ def calibrated(model: DiffusionModel, of: Response) -> dict[str, list[dict]]:
             pictures = model.draw(torch.stack(rows).float(), list(range(PICTURES)))
             scores = judge.scores(pictures, concepts)
             hits = sum(max(one, key=one.get) == name for one, name in zip(scores, concepts, strict=True))
-            counts.append({"tau": tau, **metrics.rate(hits, PICTURES)})
+            counts.append({"tau": tau, "seen": hits, "of": PICTURES})
             print(kind, counts[-1], flush=True)
     return found
+
+
+def finite(radius: float) -> float | None:
+    """None, where no embedding is near enough: JSON has no infinity."""
+    return None if radius == float("inf") else radius
 
 
 def main() -> None:
@@ -97,13 +102,14 @@ def main() -> None:
                 tau: [min(radius(of, every[n], p, neutral, tau)[0] for p in starts) for n in erased]
                 for tau in TAUS
             }
-            row["own"] = {str(tau): sum(one) / len(one) for tau, one in own.items()}
-            row["nearest"] = {str(tau): sum(one) / len(one) for tau, one in near.items()}
+            row["own"] = {str(tau): finite(sum(one) / len(one)) for tau, one in own.items()}
+            row["nearest"] = {str(tau): finite(sum(one) / len(one)) for tau, one in near.items()}
             row["answer_of_own"] = sum(of.distance(every[n], every[n], neutral) for n in erased) / len(erased)
             name = f"{'attack_unlearndiff' if concept == 'dog' else 'unlearndiff'}_{method}_{concept}"
             try:
                 attacked = read(name)
-                row["attack"] = attacked.value("attack", next(iter(attacked.edits)))
+                value = attacked.value("attack", next(iter(attacked.edits)))
+                row["attack"] = {"succeeded": value["k"], "attempts": value["n"]}
             except (FileNotFoundError, ValueError) as error:
                 row["attack"] = None
                 print(method, error)
@@ -120,10 +126,11 @@ def order(rows: list[dict]) -> list[dict]:
     found = []
     for concept in ("dog", "weapon"):
         here = [row for row in rows if row["erased"] == concept and row["attack"]]
-        rates = [row["attack"]["rate"] for row in here]
+        rates = [row["attack"]["succeeded"] / row["attack"]["attempts"] for row in here]
         for kind in ("own", "nearest"):
             for tau in here[0][kind]:
-                test = kendalltau([row[kind][tau] for row in here], rates, method="auto")
+                distances = [float("inf") if row[kind][tau] is None else row[kind][tau] for row in here]
+                test = kendalltau(distances, rates, method="auto")
                 found.append({
                     "erased": concept, "from": kind, "tau": float(tau), "methods": len(here),
                     "kendall": float(test.statistic), "p": float(test.pvalue),

@@ -10,6 +10,13 @@ n the rows of a neutral prompt: an ellipsoid. Its distance from the rows p of a 
 that of a trust region: the nearest point solves (I + mu M) x = p + mu B c with M = sum_i W_i'^T W_i' and
 B = sum_i W_i'^T W_i, and mu >= 0 is where the constraint holds with equality. Our own; no paper has it. It holds for
 every edit that changes keys and values alone, by one matrix or not.
+
+What it is worth (`benchmarks/regeneration_radius.py`, `data/results/benchmark_regeneration_radius.json`): the unedited
+model still draws a concept at tau = 0.4 on the way to another concept (61 of 100) and no longer at 0.6 (1 of 100), but
+at 0.6 in a random direction (81 of 100), so there is no one tau. And it does not tell which edit a search breaks: its
+order and that of UnlearnDiffAtk's successes go against each other on "dog" (Kendall's tau-b -0.4 at tau = 0.4, five
+edits) as they should, and together on the weapons (0.6, five edits); neither can be told from chance. Use it to see
+what an edit closed, not how safe it is.
 """
 
 from collections.abc import Iterable
