@@ -436,6 +436,15 @@ class Edit:
         in `to_lora`. ValueError for an edit of other weights.
         """
         self._check_weights("to_projections")
+        edited = self.projections(model)
+        _write(Path(path), {name: value.cpu() for name, value in edited.items()}, {"format": "pt"})
+        return Path(path)
+
+    def projections(self, model: DiffusionModel | None = None) -> dict[str, Tensor]:
+        """The edited key and value weights of a model, {"….attn2.to_k.weight": (d_out, d)}; the model is left alone.
+        ValueError for an edit of other weights.
+        """
+        self._check_weights("projections")
         if self.kind == "text_maps":
             raise ValueError(
                 "a text_maps edit changes more than key and value projections: use edit.merged(model).save_pretrained"
@@ -446,8 +455,7 @@ class Edit:
         edited = self._edited(model, 1.0)
         if not all(id(parameter) in names for parameter, _ in edited):
             raise ValueError(f"this {self.kind} edit changes more than key and value projections: use merged")
-        _write(Path(path), {names[id(p)]: value.cpu() for p, value in edited}, {"format": "pt"})
-        return Path(path)
+        return {names[id(parameter)]: value for parameter, value in edited}
 
     def _factors(
         self, model: DiffusionModel, error: float

@@ -1,7 +1,7 @@
 """The file that names submodules of the diffusion model; `checkpoints.py` has their names in other people's files."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -194,6 +194,11 @@ def text_projected_once(unet: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def sharing(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
+    """The memo with which `copy.deepcopy` gives a copy parameters of its own in the memory of these."""
+    return {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in parameters}
 
 
 @contextmanager

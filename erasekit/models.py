@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from erasekit import checkpoints, filters, pipelines, worlds
 from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.conditioning import Conditioning, joined, told
-from erasekit.layers import check_editable, text_projected_once, uncompiled
+from erasekit.layers import check_editable, sharing, text_projected_once, uncompiled
 from erasekit.paths import named_safetensors, replacing, write_atomically
 from erasekit.sampling import denoise
 
@@ -607,9 +607,7 @@ def copied(pipeline: DiffusionPipeline, shared: bool = False) -> DiffusionPipeli
     modules = (
         [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)] if shared else []
     )
-    parameters = [one for module in modules for one in module.parameters()]
-    memo = {id(one): torch.nn.Parameter(one.detach(), one.requires_grad) for one in parameters}
-    result = copy.deepcopy(pipeline, memo)
+    result = copy.deepcopy(pipeline, sharing(one for module in modules for one in module.parameters()))
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
             setattr(result, name, part)

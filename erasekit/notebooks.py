@@ -353,14 +353,12 @@ def differences(committed: Path, executed: Path) -> list[str]:
             text = re.sub(pattern, replacement, text)
         return text.strip()
 
-    both = [
-        {cell.id: cell for cell in nbformat.read(path, 4).cells if cell.source.startswith(CHECKED)}
-        for path in (committed, executed)
-    ]
+    cells = (nbformat.read(path, 4).cells for path in (committed, executed))
+    checked = ([cell for cell in these if cell.source.startswith(CHECKED)] for these in cells)
     return [
-        f"cell {name}: {_one_line(said(both[1][name]))} in place of {_one_line(said(cell))}"
-        for name, cell in both[0].items()
-        if said(cell) != said(both[1][name])
+        f"cell {cell.id}: {_one_line(said(done))} in place of {_one_line(said(cell))}"
+        for cell, done in zip(*checked, strict=True)
+        if said(cell) != said(done)
     ]
 
 

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from erasekit import states
-from erasekit.layers import channels_last
+from erasekit.layers import channels_last, sharing
 from erasekit.models import DiffusionModel
 from erasekit.sampling import config_of
 from erasekit.training import constant, optimize
@@ -27,13 +27,12 @@ def trainee(module: nn.Module, names: Sequence[str]) -> nn.Module:
     `module`, in its precision and its memory, whose values must stay while the copy is used.
     """
     wanted = set(names)
-    rest = [one for name, one in module.named_parameters() if name not in wanted]
-    shared = {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in rest}
-    copied = copy.deepcopy(module, shared).train(False)
+    rest = sharing(one for name, one in module.named_parameters() if name not in wanted)
+    copied = copy.deepcopy(module, rest).train(False)
     for name, parameter in copied.named_parameters():
+        parameter.requires_grad_(name in wanted)
         if name in wanted:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-            parameter.requires_grad_(True)
     return copied
 
 

@@ -194,7 +194,7 @@ def test_unchanged_is_skipped_and_every_kind_of_change_runs_again(folder, tmp_pa
 RUNNER = """
 import sys
 from pathlib import Path
-from erasekit import notebooks, widgets
+from erasekit import notebooks
 
 if __name__ == "__main__":
     path, place = Path(sys.argv[1]), Path(sys.argv[2])

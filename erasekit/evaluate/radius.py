@@ -27,7 +27,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from erasekit.edits import Edit, applied
+from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.models import DiffusionModel
 
@@ -73,24 +73,14 @@ def response(model: DiffusionModel, edit: Edit | None) -> Response:
 
     Raises ValueError for an edit that changes more than key and value projections, on which this says nothing.
     """
-    before = {name: layer.weight.detach().clone() for name, layer in cross_attention_kv(model.unet).items()}
-    rest = {id(layer.weight) for layer in cross_attention_kv(model.unet).values()}
-    kept = {name: one.detach().clone() for name, one in model.unet.named_parameters() if id(one) not in rest}
-    texts = [encoder.state_dict() for encoder in model.text_encoders.values()]
-    texts = [{name: one.clone() for name, one in state.items()} for state in texts]
-    with applied(edit, model):
-        now = dict(model.unet.named_parameters())
-        same = all(torch.equal(one, now[name]) for name, one in kept.items()) and all(
-            torch.equal(one, encoder.state_dict()[name])
-            for state, encoder in zip(texts, model.text_encoders.values(), strict=True)
-            for name, one in state.items()
-        )
-        if not same or (edit is not None and edit.kind.endswith("_filter")):
-            raise ValueError(
-                "the regeneration radius is of edits that change key and value projections alone"
-            )
-        after = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
-        return Response.of((before[name], after[name]) for name in before)
+    before = {name: layer.weight for name, layer in cross_attention_kv(model.unet).items()}
+    try:
+        after = {} if edit is None else edit.projections(model)
+    except ValueError as error:
+        raise ValueError(
+            f"the regeneration radius is of edits that change key and value projections alone: {error}"
+        ) from error
+    return Response.of((weight, after.get(name, weight)) for name, weight in before.items())
 
 
 def radius(
