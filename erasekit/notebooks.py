@@ -487,11 +487,18 @@ def refresh(
             for cell, result in zip(source.cells, done.cells, strict=True):
                 if cell.cell_type == "code":
                     cell.outputs, cell.execution_count = result.outputs, result.execution_count
-                    for output in cell.outputs:
-                        if "image/png" in output.get("data", {}):
-                            output.data["image/png"] = _smaller_png(output.data["image/png"])
+                    for data in (output.get("data", {}) for output in cell.outputs):
+                        if "image/png" in data:
+                            data["image/png"] = _smaller_png(data["image/png"])
+                        if "image/svg+xml" in data:
+                            data["image/svg+xml"] = EMBEDDED.sub(
+                                lambda found: found[1] + _smaller_png(found[2]), data["image/svg+xml"]
+                            )
             write_atomically(path, canonical(source))
     return failures
+
+
+EMBEDDED = re.compile(r"(data:image/png;base64,\s*)([A-Za-z0-9+/=\s]+)")  # a picture inside a figure
 
 
 def _smaller_png(encoded: str) -> str:
@@ -630,7 +637,6 @@ def _output_problems(notebook) -> Iterator[str]:
                         f"code cell {number} shows a table of {columns} columns and {rows} rows; at most {MAX_COLUMNS} "
                         f"and {MAX_ROWS} can be read at a glance: fold the rest into <details>, or draw it"
                     )
-            if "image/png" in data:
-                pictures.append(data["image/png"])
+            pictures += [data[kind] for kind in ("image/png", "image/svg+xml") if kind in data]
         if len(set(pictures)) < len(pictures):
             yield f"code cell {number} shows a picture twice; assign the figure or end the line with ';'"

@@ -184,9 +184,9 @@ def _figure(rows: Sequence[Row], asked: Asked) -> Figure:
     for (above, below), row in zip(axs.reshape(len(rows), 2, -1), rows, strict=True):
         way = row.drawing
         for ax, step in zip(above, at, strict=False):
-            ax.imshow(way.estimates[step], interpolation="nearest")
+            ax.imshow(way.estimates[step], interpolation="none")
             ax.set_xlabel(textwrap.fill(row.verdicts[step], 18), fontsize=7)
-        above[-1].imshow(way.picture, interpolation="nearest")
+        above[-1].imshow(way.picture, interpolation="none")
         above[-1].set_xlabel(textwrap.fill(row.verdicts[-1], 18), fontsize=7, fontweight="bold")
         name = row.name if row.name != "After" else f"After {row.what.split(',')[0]}"
         above[0].set_ylabel(textwrap.fill(name, 16), fontsize=8, fontweight="bold")
@@ -194,7 +194,7 @@ def _figure(rows: Sequence[Row], asked: Asked) -> Figure:
             below[0].set_title("attention could not be recorded", fontsize=7, loc="left")
             continue
         for ax, step in zip(below, at, strict=False):
-            ax.imshow(heat(way.maps[step, token], top), interpolation="nearest")
+            ax.imshow(heat(way.maps[step, token], top), interpolation="none")
         below[0].set_ylabel(f"attention to\n“{way.tokens[token]}”", fontsize=8)
     for ax, step in zip(axs[0], at, strict=False):
         ax.set_title(f"estimate at step\n{step + 1} of {count}", fontsize=8)
