@@ -246,6 +246,27 @@ def test_a_lora_that_is_already_there_is_not_taken_away(model, tmp_path):
     assert model.pipeline.get_list_adapters()
 
 
+@pytest.mark.parametrize("name", deployment.PACKAGES)
+def test_a_package_changes_a_model_of_its_own(name, model, edit):
+    """Near what the edited model draws, and not the same."""
+    pytest.importorskip(deployment.PACKAGES[name][0])
+    step, before = deployment.steps("dog", "cat")[name], state(model)
+    got = drawn(step, model, edit)
+    assert unchanged(model, before)
+    with edit.applied(model):
+        edited = model.generate(PROMPTS, SEEDS, **SAMPLING)
+    assert 0 < distance(got, edited)
+    assert same(got, drawn(step, model, edit))
+    assert distance(got, edited) < distance(got, drawn(step, model, None))
+
+
+def test_steps_of_packages_are_there_where_the_package_is():
+    names = deployment.steps("dog", "cat").keys()
+    for name, (module, _) in deployment.PACKAGES.items():
+        assert (name in names) == deployment.installed(module)
+    assert not deployment.installed("no_such_package.of_ours") and deployment.installed("torch.nn")
+
+
 # Handover
 
 

@@ -11,6 +11,7 @@ A step draws by a model with an edit (or with none) as it would be used, and lea
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -190,6 +191,51 @@ def _with_lora(model, edit, prompts, seeds, *, lora, **sampling):
             model.pipeline.unload_lora_weights()
 
 
+def _torchao(model: DiffusionModel) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model.unet, Int8WeightOnlyConfig())
+
+
+def _quanto(model: DiffusionModel) -> None:
+    from optimum import quanto
+
+    quanto.quantize(model.unet, weights=quanto.qint8)
+    quanto.freeze(model.unet)
+
+
+def _tomesd(model: DiffusionModel) -> None:
+    import tomesd
+
+    tomesd.apply_patch(model.unet, ratio=0.5)
+
+
+PACKAGES = {  # what it does, its module, and how
+    "int8 by torchao": ("torchao", _torchao),
+    "int8 by quanto": ("optimum.quanto", _quanto),
+    "half the tokens merged by tomesd": ("tomesd", _tomesd),
+}
+
+
+def installed(module: str) -> bool:
+    """Whether a package of `PACKAGES` is there."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it stands in
+        return False
+
+
+def _packaged(model, edit, prompts, seeds, *, by, **sampling):
+    """A package changes the UNet that `merged` returns, a model of its own. NoMeaning for a filter, which no weights
+    hold.
+    """
+    if edit is not None and edit.kind in filters.KINDS:
+        raise NoMeaning(f"a {edit.kind} is in no weight, and a package is given a model's weights")
+    used = model.copy() if edit is None else edit.merged(model)
+    PACKAGES[by][1](used)
+    return used.generate(prompts, seeds, **sampling)
+
+
 # Sampler
 
 
@@ -345,7 +391,8 @@ def steps(
     phrases: what the prompts call the concept. neighbour: another thing, to blend with and as a negative prompt.
     number: of the protocol's steps, for handing over. sibling: fine-tuning of the unedited model, as an edit of it;
     lora: the file of a LoRA that stock diffusers loads; word: (tokens, d), learned for the concept by textual
-    inversion of the unedited model. Steps that need one that is not given are left out.
+    inversion of the unedited model. Steps that need one that is not given are left out, and those of `PACKAGES` that
+    are not installed.
     """
     phrases = [phrases] if isinstance(phrases, str) else list(phrases)
     made = []
@@ -355,6 +402,9 @@ def steps(
         add(f"rounded to {form}", "weights", _rounded, form=form)
     for share in (0.2, 0.4):
         add(f"pruned, {share:.0%}", "weights", _pruned, share=share)
+    for name, (module, _) in PACKAGES.items():
+        if installed(module):
+            add(name, "weights", _packaged, by=name)
     for scale in (0.25, 0.5, 0.75):
         of_edit(f"averaged with the unedited, {scale:.0%} edited", "weights", _merged, scale=scale)
     for scale in (1.5, 2.0):
