@@ -286,6 +286,7 @@ ROWS = [
     ),
     *(("sd14", name) for name in CLOSED if name != "UCE"),
     *((family, name) for family in ("sd21", "sdxl") for name in ("load", *CLOSED)),
+    *(("sdxl", name) for name in TRAINED),
 ]
 
 
@@ -425,7 +426,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--trained", action="store_true", help="of Stable Diffusion 1.4 the methods that train")
+    parser.add_argument("--trained", action="store_true", help="the methods that train, of SDXL too")
     parser.add_argument("--half", action="store_true", help="in bfloat16, on the CPU as well")
     parser.add_argument("--note", default="", help="for the file: what else the machine was doing")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
@@ -448,6 +449,7 @@ def main() -> None:
         "rows": read(given.out).details["rows"] if given.out.exists() else {},
     }
     flags = "".join(f" --{name}" for name in ("trained", "half") if getattr(given, name))
+    flags += f" --families {' '.join(given.families)}" if given.families != list(SHAPES) else ""
     command = f"python benchmarks/stable_diffusion.py{flags} --device {given.device} --out {given.out.as_posix()}"
     result = Result(command, "benchmark", machine=machine(), details=details)
     again = [sys.executable, __file__, "--device", given.device, *(["--half"] if given.half else []), "--out"]
@@ -455,7 +457,9 @@ def main() -> None:
     part = given.out.with_suffix(".row.json")
     for family, name in ROWS:
         label = f"{family}: {name}"
-        if family not in given.families or label in details["rows"] or (given.trained and name not in TRAINED):
+        if family not in given.families or label in details["rows"]:
+            continue
+        if name not in TRAINED if given.trained else (family == "sdxl" and name in TRAINED):
             continue
         if not folder(family).exists():
             subprocess.run([*again, os.devnull, "--build", family], check=True)
