@@ -203,6 +203,35 @@ def _found(path: Path) -> list[str]:
 
 
 @app.command
+def runs(
+    *,
+    older: Annotated[
+        float | None, Parameter(help="Only what was not touched for so many days; all when not given.")
+    ] = None,
+    delete: Annotated[bool, Parameter(help="Delete these pictures and scores; needs --older.")] = False,
+    folder: Annotated[Path | None, Parameter(help="build/runs when not given.")] = None,
+) -> None:
+    """List the pictures that runs have kept, and make room. Without --delete nothing is deleted."""
+    from erasekit.evaluate import kept
+    from erasekit.evaluate.runs import RUNS
+
+    if delete and older is None:
+        raise ValueError("--delete needs --older DAYS (0 for everything)")
+    place = folder or RUNS
+    found = kept.table(place) if older is None else kept.free(older, place, delete=delete)
+    if len(found):
+        print(found.to_string(index=False, max_colwidth=60))
+    what = (
+        "deleted"
+        if delete
+        else "kept"
+        if older is None
+        else f"would be freed by: runs --older {older:g} --delete"
+    )
+    print(f"{len(found)} runs, {found['pictures'].sum()} pictures, {found['megabytes'].sum():.1f} MB {what}")
+
+
+@app.command
 def promote(
     *results: Annotated[Path, Parameter(help="Result files; all of build/results/ when left out.")],
     write: Annotated[

@@ -24,7 +24,7 @@ from scipy.stats import bootstrap
 
 import erasekit as ek
 from erasekit.emoji import data
-from erasekit.evaluate import judges, metrics, protocols, records, runs
+from erasekit.evaluate import judges, kept, metrics, protocols, records, runs
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.paths import ROOT
 
@@ -730,6 +730,36 @@ def test_compare_pairs_the_same_pictures(emoji, finished):
     assert distances["Frechet, emoji-clip"].startswith("0.0000") and distances["CMMD, emoji-clip"].startswith(
         "0.0000"
     )
+
+
+def test_room_is_made_for_what_is_named_and_nothing_else(emoji, tmp_path, capsys):
+    from erasekit.cli import main
+
+    place = tmp_path / "runs"
+    old, new = (
+        runs.run(emoji, edit, small(seeds=(0,)), folder=place, progress=False)
+        for edit in (None, ek.uce.fit(emoji, "dog", ["cat"]))
+    )
+    wanted = new.measured()
+    for file in old.folder.rglob("*"):
+        os.utime(file, (time.time() - 3 * kept.DAY,) * 2)
+    table = kept.table(place)
+    assert list(table["run"]) == [old.folder.name, new.folder.name] and list(table["edits"])[0] == "none"
+    assert list(table["pictures"]) == [10, 10] and table["megabytes"].min() >= 0
+    for line in (["runs", "--folder", str(place), "--older", "2"], ["runs", "--folder", str(place)]):
+        with pytest.raises(SystemExit) as stopped:
+            main(line)
+        assert stopped.value.code is None
+    assert "1 runs, 10 pictures" in (said := capsys.readouterr().out) and "--older 2 --delete" in said
+    assert old.folder.exists(), "nothing is deleted without being asked"
+    assert list(kept.free(2, place, delete=True)["run"]) == [old.folder.name]
+    assert not old.folder.exists() and [one.name for one in place.iterdir()] == [new.folder.name]
+    assert new.measured() == wanted
+    for line, said in ((["--delete"], "needs --older"), (["--older", "-1"], "0 or more")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["runs", "--folder", str(place), *line])
+        assert said in capsys.readouterr().err
+    assert kept.table(tmp_path / "none").empty
 
 
 @pytest.mark.parametrize("damage", ["picture", "index", "score"])
