@@ -77,7 +77,8 @@ def drawn(values: list[dict], generator: np.random.Generator, draws: int = DRAWS
 
 
 def ours(cells: str, generator: np.random.Generator, folder=RESULTS) -> tuple[float, np.ndarray, str]:
-    """What is measured here, its draws and its text. "H_o" is computed from Acc_e, Acc_s and Acc_g."""
+    """What is measured here, its draws and its text. "H_o" is computed from Acc_e, Acc_s and Acc_g,
+    each added up over the files first."""
     if cells.endswith("| H_o"):
         three = [
             drawn(claims.values(cells.replace("| H_o", f"| {name}"), folder), generator) for name in OF_H_O
@@ -99,15 +100,16 @@ def compare(
     """tau, low, high of two orders of the same methods, and the pairs that are turned around.
 
     theirs: method -> (number, text). here: method -> (number, draws, text). goals: which is better there and here,
-    "low" or "high". n: pictures of each published rate (a share), None where it is taken as it is given. The interval is
-    of counting alone: whether tau is more than luck says `chance`. turned: texts; sure: how many of them have our order
-    in 97.5 % of the draws.
+    "low" or "high". n: pictures of each published rate (a share), None where it is taken as it is given. The interval
+    is of counting alone: whether tau is more than luck says `chance`. turned: texts; sure: how many of them have our
+    order in 97.5 % of the draws.
     """
-    names = list(theirs)
+    names, pairs = list(theirs), list(combinations(theirs, 2))
     sign = [1 if goal == "low" else -1 for goal in goals]
-    x = sign[0] * np.array([theirs[name][0] for name in names])
-    y = sign[1] * np.array([here[name][0] for name in names])
-    draws = sign[1] * np.stack([here[name][1] for name in names], -1)
+    x, y, draws = (
+        sign[side] * np.stack([told[name][part] for name in names], -1)
+        for side, told, part in ((0, theirs, 0), (1, here, 0), (1, here, 1))
+    )
     drawn_x = np.broadcast_to(x, draws.shape)
     if n is not None:
         k = np.round(np.abs(x) * n)
@@ -115,16 +117,17 @@ def compare(
     spread = kendall(drawn_x, draws)
     low, high = np.quantile(spread[np.isfinite(spread)], [0.025, 0.975], method="nearest")
     turned, sure = [], 0
-    for i, j in combinations(range(len(names)), 2):
-        if (x[i] - x[j]) * (y[i] - y[j]) < 0:
-            better, worse = (i, j) if x[i] < x[j] else (j, i)
-            a, b = names[better], names[worse]
-            certain = (draws[:, better] > draws[:, worse]).mean() >= 0.975
-            sure += int(certain)
-            words = f"{a} before {b} there ({theirs[a][1]}, {theirs[b][1]}), behind it here ({here[a][2]}, {here[b][2]})"
-            turned.append(words + ("" if certain else ", not sure"))
-    return {"tau": float(kendall(x, y)), "low": float(low), "high": float(high), "methods": len(names),
-            "pairs": len(names) * (len(names) - 1) // 2, "turned": turned, "sure": sure, "chance": chance(x, y)}  # fmt: skip
+    place = {name: i for i, name in enumerate(names)}
+    for a, b in [*pairs, *((b, a) for a, b in pairs)]:
+        if x[place[a]] < x[place[b]] and y[place[a]] > y[place[b]]:
+            certain = bool((draws[:, place[a]] > draws[:, place[b]]).mean() >= 0.975)
+            sure += certain
+            told = f"there ({theirs[a][1]}, {theirs[b][1]}), behind it here ({here[a][2]}, {here[b][2]})"
+            turned.append(f"{a} before {b} {told}" + ("" if certain else ", not sure"))
+    return {
+        "tau": float(kendall(x, y)), "low": float(low), "high": float(high), "methods": len(names),
+        "pairs": len(pairs), "turned": turned, "sure": sure, "chance": chance(x, y),
+    }  # fmt: skip
 
 
 def tau(pairs: pd.DataFrame | None = None, seed: int = 0, folder=RESULTS) -> pd.DataFrame:
