@@ -66,7 +66,7 @@ def folder(tmp_path):
 
 def rows(*cells):
     frame = pd.DataFrame(cells, columns=["a", "b", "expected"])
-    return frame.assign(paper="p", claim="c", source="s", trust="t", note="")
+    return frame.assign(paper="p", claim="c", a_is="A", b_is="B", source="s", trust="t", note="")
 
 
 def test_verdicts_of_made_up_records_and_the_control_that_flips_them(folder):
@@ -126,6 +126,7 @@ def test_each_paper_has_three_to_five_claims_with_source_and_trust():
     found = claims.listed()
     assert set(found["paper"]) == FOUR and found.groupby("paper").size().between(3, 5).all()
     assert (found[["claim", "source", "trust", "note"]].map(len) > 0).all(axis=None)
+    assert found["a_is"].map(bool).eq(found["a"].map(bool)).all()
     assert found["claim"].is_unique and set(found["expected"]) == {"lower", "higher"}
 
 
