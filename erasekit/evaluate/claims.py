@@ -24,9 +24,9 @@ LEVEL = 0.05  # of Holm's adjusted p, over all claims together
 
 
 def listed() -> pd.DataFrame:
-    """`data/papers/claims.csv`: paper, claim, source, trust, a, b (cells; empty: nothing committed tests it), a_is, b_is
-    (a word for each), expected ("lower" or "higher": A's rate beside B's), note (what stands for what, and what is no
-    clean test).
+    """`data/papers/claims.csv`: paper, claim, source, trust, a, b (cells; empty: nothing committed tests it), a_is,
+    b_is (a word for each), expected ("lower" or "higher": A's rate beside B's), note (what stands for what, and what is
+    no clean test).
     """
     return pd.read_csv(FOLDER / "claims.csv", keep_default_na=False)
 
