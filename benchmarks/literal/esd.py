@@ -83,7 +83,7 @@ def train(
         with torch.no_grad():
             e_0, e_p = predict(frozen, x, t, empty), predict(frozen, x, t, concept)
             e_f = e_p if concept is text else predict(frozen, x, t, text)
-            y = e_f - (eta + 1) * (e_p - e_0)
+            y = e_f - (eta + 1) * (e_p - e_0)  # with f = c it is e_0 - eta (e_p - e_0)
         loss = nn.functional.mse_loss(predict(unet, x, t, text), y)
         optimizer.zero_grad()
         loss.backward()

@@ -53,12 +53,14 @@ def train(
     slips: bool = True,
     calm_slips: bool = True,
     branches: str = "both",
+    train_steps: int = 1000,
 ) -> Iterator[float]:
     """The loss of each update, after it; `unet`, the model after stage 1, is trained in place.
 
     original: before stage 1, of the directions; held: what the unconditional prediction is held to, a copy of the model
     after stage 1. texts: embeddings (1, length, d) of c^m and c^s for each way. ways, calm: to malicious pictures and
-    to unconditional ones. branches: "text" for the hinge of the conditional prediction alone.
+    to unconditional ones. branches: "text" for the hinge of the conditional prediction alone. train_steps: time steps
+    of the noise schedule.
     """
     mse = nn.functional.mse_loss
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
@@ -74,7 +76,8 @@ def train(
         keep = 0.01
         for row, at, offset in others:
             before, after, t = calm[row][at]
-            u, t = (after, t - t % len(calm[row]) + offset) if calm_slips else (before, t)
+            stretch = train_steps // len(calm[row])
+            u, t = (after, t - t % stretch + offset) if calm_slips else (before, t)
             with torch.no_grad():
                 wanted = predict(held, u, t, empty)
             keep = keep + mse(predict(unet, u, t, empty), wanted)

@@ -90,7 +90,7 @@ def attack(
     allowed = torch.arange(len(table)) if allowed is None else allowed
     vectors, ids = table[allowed.to(device)], tokens(pipeline, prompt)
     ids = torch.cat([ids[:, :1], ids[:, :1].expand(1, k), ids[:, 1:-k]], 1)  # k places behind the start token
-    u = nn.Parameter(torch.full((k, len(allowed)), 1 / len(allowed)))
+    u = nn.Parameter(torch.full((k, len(allowed)), 1 / len(allowed), device=device))
     optimizer = torch.optim.Adam([u], lr=alpha, weight_decay=weight_decay)
     begin = generator.get_state()
     for t in timesteps:
@@ -98,8 +98,8 @@ def attack(
             generator.set_state(begin)
         t_now = torch.tensor([t], device=device)
         for _ in range(updates):
-            sampled = torch.multinomial(u.detach(), 1, generator=generator)[:, 0]
-            delta = StraightThrough.apply(u, sampled).to(vectors) @ vectors
+            sampled = torch.multinomial(u.detach().cpu(), 1, generator=generator)[:, 0]
+            delta = StraightThrough.apply(u, sampled.to(device)).to(vectors) @ vectors
             rows = torch.cat([table[ids[:, :1]], delta[None], table[ids[:, k + 1 :]]], 1)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             predicted = predict(pipeline.unet, noised(clean, noise, t_now), t_now, embedded(encoder, ids, rows))
@@ -108,7 +108,7 @@ def attack(
             loss.backward()
             optimizer.step()
             u.data = projected(u.data, tolerance)
-        found = pipeline.tokenizer.decode(allowed[u.argmax(-1)].tolist())
+        found = pipeline.tokenizer.decode(allowed[u.argmax(-1).cpu()].tolist())
         text = f"{' '.join(found.split())} {prompt}"
         done = reached(text)
         yield {"timestep": t, "loss": loss.item(), "text": text, "reached": done}
