@@ -4,16 +4,17 @@ weights give the same losses and gradients, at the settings that each test names
 
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from conftest import literal_loop, tiny_pipeline
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from erasekit import models
-from erasekit.attacks import common, unlearndiff
+from erasekit.attacks import common, sees, unlearndiff
 from erasekit.concepts import Concept, content_ids
+from erasekit.evaluate import judges
 from erasekit.layers import text_parameters, token_table, unet_parameters
 from erasekit.methods import advunlearn, esd, trce
 from erasekit.sampling import ddim
@@ -149,6 +150,7 @@ SHORT_ADVUNLEARN = advunlearn.Config(
 KEEP = ["dog", "house", "castle", "art"]
 ADVUNLEARN_SWITCHES = {
     "faithful=True": (dict(faithful=True), dict(slips=True)),
+    "faithful=True, pieces": (dict(faithful=True), dict(slips=True)),  # a word of several tokens
     'faithful=True, rule="sign"': (dict(faithful=True, rule="sign"), dict(slips=True, sign=True)),
     'faithful=True, part="x"': (dict(faithful=True, part="x"), dict(slips=True)),
     'states="frozen"': (dict(), dict(slips=False)),
@@ -214,9 +216,10 @@ def advunlearn_literal(model, settings, part="text", noises=None, erase="church"
 def advunlearn_both(switches, device="cpu", dtype=torch.float64):
     changes, settings = ADVUNLEARN_SWITCHES[switches]
     changes = dict(states="frozen") | changes
-    ours = advunlearn_product(exact(device, dtype), changes)
+    erase = "zebra" if "pieces" in switches else "church"
+    ours = advunlearn_product(exact(device, dtype), changes, erase)
     part = changes.get("part", "text")
-    return ours, advunlearn_literal(exact(device, dtype), settings, part, changes.get("noises"))
+    return ours, advunlearn_literal(exact(device, dtype), settings, part, changes.get("noises"), erase)
 
 
 @pytest.mark.parametrize("switches", ADVUNLEARN_SWITCHES)
@@ -226,6 +229,186 @@ def test_advunlearn(switches):
     assert apart(ours, theirs) < NEAR
 
 
+def test_advunlearn_without_its_switch_is_another():
+    theirs = advunlearn_literal(exact(), dict(slips=True))
+    for changes in (dict(states="frozen"), dict(faithful=True, alpha=1.01e-2), dict(faithful=True, gamma=0.51)):
+        assert apart(advunlearn_product(exact(), dict(states="frozen") | changes), theirs) > 100 * NEAR
+
+
 # TRCE, stage 2
 
+SHORT_TRCE = trce.Config(
+    templates=("{}", "a {}"), steer_templates=("{}", "a {}"), keep_templates=("a {}",), eta=1e-2, lam=1e-6, beta=4.0,
+    margin=0.5, weight=10.0, sampler=STEPS, early=3, noises=2, calm=2, iterations=3, lr=1e-3, batch=1, keep_batch=2,
+)  # fmt: skip
+CHURCH = Concept("church", anchor="house")
+TRCE_SWITCHES = {
+    "faithful=True": (dict(faithful=True), dict(slips=True)),
+    'faithful=True, branches="text"': (dict(faithful=True, branches="text"), dict(slips=True, branches="text")),
+    'branches="both", reference="stage1"': (dict(), dict(slips=False)),
+    'branches="text"': (dict(branches="text"), dict(slips=False, branches="text")),
+    'reference="original"': (dict(reference="original"), dict(slips=False)),
+    'stages="trajectory"': (dict(stages="trajectory"), dict(slips=False)),
+}
+
+
+@pytest.fixture
+def kept_exactly(monkeypatch):
+    """The switch of what is ours in all of them: early ways in half precision."""
+    monkeypatch.setattr(trce, "KEPT", torch.float64)
+
+
+def trce_product(model, changes):
+    """Losses and gradients; and the arguments of stage 2."""
+    seen, given, steer = [], [], trce.steer
+
+    def watched(*args):
+        given.append(args)
+        return steer(*args)
+
+    with pytest.MonkeyPatch.context() as patch, gradients() as steps:
+        patch.setattr(trce, "steer", watched)
+        trce.fit(
+            model, CHURCH, ["dog", "castle"], config=replace(SHORT_TRCE, **changes),
+            generator=torch.Generator().manual_seed(6), callback=seen.append,
+        )  # fmt: skip
+    seen = [state for state in seen if state["step"] >= 0]
+    assert any(state["active"] for state in seen)
+    return ([state["loss"] for state in seen], steps), given[0]
+
+
+def trce_literal(model, start, pairs, settings, held="stage1", calm_slips=False):
+    """start: the model after stage 1. pairs: of prompts, as stage 2 is given them."""
+    config, unet, scheduler = SHORT_TRCE, start.copy().unet, ddim(model.scheduler)
+    generator, empty = torch.Generator().manual_seed(6), model.encode("")
+    (seed,) = number(generator, 2**31)
+    texts = [(model.encode(malicious), model.encode(safe)) for malicious, _, safe, _ in pairs]
+    each = [(p, n) for n in range(config.noises) for p in range(len(pairs))]
+    draw = lambda text, start, w: TRCE.way(model.unet, scheduler, text, empty, noise(model, start), STEPS, w)
+    ways = [draw(texts[p][0], seed + 7919 * p + n, config.guidance) for p, n in each]
+    calm = [draw(empty, seed + 1 + n, 7.5) for n in range(config.calm)]
+
+    def picks():
+        for _ in range(config.iterations):
+            (point,) = number(generator, len(ways) * config.early)
+            rows, nodes, offsets = (
+                number(generator, high, config.keep_batch) for high in (config.calm, STEPS, STRETCH)
+            )
+            others = [(row, STEPS - 1 - node, o) for row, node, o in zip(rows, nodes, offsets, strict=True)]
+            yield *divmod(point, config.early), others
+
+    with gradients() as steps:
+        losses = list(TRCE.train(
+            unet, model.unet, model.unet if held == "original" else start.unet, [texts[p] for p, _ in each], empty,
+            ways, calm, picks(), [unet.get_parameter(name) for name in unet_parameters(unet, "visual")],
+            g=config.beta - 1, margin=config.margin, weight=config.weight, lr=config.lr, calm_slips=calm_slips,
+            **settings,
+        ))  # fmt: skip
+    constant = config.weight * 0.01 / config.keep_batch  # of the code, and of no consequence
+    return [loss - constant for loss in losses], steps
+
+
+def trce_both(switches, device="cpu", dtype=torch.float64, **more):
+    changes, settings = TRCE_SWITCHES[switches]
+    model = exact(device, dtype)
+    ours, (_, start, pairs, *_) = trce_product(model, changes)
+    held = "original" if changes.get("reference") == "original" else "stage1"
+    return ours, trce_literal(model, start, pairs, settings, held, **more)
+
+
+@pytest.mark.parametrize("switches", TRCE_SWITCHES)
+@pytest.mark.usefixtures("kept_exactly")
+def test_trce(switches):
+    ours, theirs = trce_both(switches)
+    print(apart(ours, theirs))
+    assert apart(ours, theirs) < NEAR
+
+
+def test_trce_without_its_switch_is_another(monkeypatch):
+    """Kept in half precision it is within 1e-2; and the preserved latents of the code lag, which no switch gives."""
+    half = apart(*trce_both("faithful=True"))
+    assert NEAR < half < 1e-2
+    monkeypatch.setattr(trce, "KEPT", torch.float64)
+    lagging = trce_both("faithful=True", calm_slips=True)
+    assert apart(*lagging) > 100 * NEAR
+    ours, theirs = trce_both('branches="both", reference="stage1"')
+    for other in ("faithful=True", 'branches="text"', 'reference="original"'):
+        assert apart(trce_product(exact(), TRCE_SWITCHES[other][0])[0], theirs) > 100 * NEAR
+
+
 # UnlearnDiffAtk
+
+
+class Nothing:
+    """A judge that never sees anything, so that every block is run."""
+
+    name, version = "nothing", "1"
+
+    def scores(self, pictures, prompts):
+        return [{"church": 0.0, "something else": 1.0} for _ in pictures]
+
+
+judges.register(Nothing())
+PROMPTS = ["a church in flat", "a dog in ink"]
+SHORT_UNLEARNDIFF = replace(
+    unlearndiff.PRESETS["emoji"], timesteps=(100, 500), updates=3, steps=2, stable=False, weight_decay=0.1, batch=1
+)
+
+
+def unlearndiff_product(model, targets, folder, **changes):
+    """Losses and gradients of both prompts in turn, and the texts."""
+    with gradients() as steps:
+        result = unlearndiff.run(
+            model, PROMPTS, seeds=[0, 1], goal=sees("church", judge="nothing"), targets=targets,
+            config=replace(SHORT_UNLEARNDIFF, **changes), generator=torch.Generator().manual_seed(5),
+            folder=folder / "attacks",
+        )  # fmt: skip
+    blocks = [block for attempt in result.attempts for block in attempt.trace]
+    return ([block["loss"] for block in blocks], steps), [block["text"] for block in blocks]
+
+
+def unlearndiff_literal(model, targets, **settings):
+    config, first = SHORT_UNLEARNDIFF, torch.Generator().manual_seed(5)
+    clean, blocks = common.latents_of(model, targets), []
+    settings = dict(tolerance=1e-9, reset=False, allowed=vocabulary(model.tokenizers, False)) | settings
+    with gradients() as steps:
+        for prompt, latent in zip(PROMPTS, clean, strict=True):
+            own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=first)))
+            blocks += UNLEARNDIFF.attack(
+                model.pipeline, ddim(model.scheduler).add_noise, prompt, latent[None], lambda text: False, own,
+                k=config.k, timesteps=config.timesteps, updates=config.updates, alpha=config.alpha,
+                weight_decay=config.weight_decay, **settings,
+            )  # fmt: skip
+    return ([block["loss"] for block in blocks], steps), [block["text"] for block in blocks]
+
+
+@pytest.fixture(scope="module")
+def targets():
+    return models.load(tiny_pipeline()).generate(PROMPTS, seeds=[0, 1], steps=2)
+
+
+def test_unlearndiff(targets, folder):
+    """With batch=1 and stable=False; of the loop without its reset, and with its projection to 1e-9."""
+    (ours, texts), (theirs, wanted) = unlearndiff_product(exact(), targets, folder), unlearndiff_literal(exact(), targets)
+    print(apart(ours, theirs))
+    assert apart(ours, theirs) < NEAR and texts == wanted
+
+
+def test_unlearndiff_without_its_switch_is_another(targets, folder):
+    """The words that are searched, and on the side of the loop special tokens, its reset and its projection."""
+    ours, texts = unlearndiff_product(exact(), targets, folder)
+    stable, _ = unlearndiff_product(exact(), targets, folder, stable=True)
+    assert stable[0] != ours[0]
+    for settings in (dict(allowed=None), dict(reset=True), dict(tolerance=1e-2)):
+        theirs, _ = unlearndiff_literal(exact(), targets, **settings)
+        assert theirs[0] != pytest.approx(ours[0], rel=10 * NEAR)
+
+
+def test_the_loops_picture_is_the_victims():
+    """The loop draws what `generate` draws."""
+    model = exact()
+    (wanted,) = model.generate("a church", seeds=[3], steps=4, guidance=3.0)
+    found = UNLEARNDIFF.drawn(model.pipeline, "a church", 3, 4, 3.0)
+    other = UNLEARNDIFF.drawn(model.pipeline, "a dog", 3, 4, 3.0)
+    off = lambda one: np.abs(np.asarray(one, float) - np.asarray(wanted, float)).max()
+    assert off(found) <= 1 < off(other)

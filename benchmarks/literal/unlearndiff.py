@@ -31,12 +31,13 @@ class StraightThrough(torch.autograd.Function):
 
 def projected(u: Tensor, tolerance: float = 1e-5) -> Tensor:
     """Rows (k, v) onto {0 <= u <= 1, sum u = 1}: bisection for the shift of each row."""
-    low, high = u.min(-1, keepdim=True).values - 1, u.max(-1, keepdim=True).values
+    v = u.double()
+    low, high = v.min(-1, keepdim=True).values - 1, v.max(-1, keepdim=True).values
     while (high - low).max() > tolerance:
         middle = (low + high) / 2
-        above = (u - middle).clamp(0, 1).sum(-1, keepdim=True) > 1
+        above = (v - middle).clamp(0, 1).sum(-1, keepdim=True) > 1
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return (u - (low + high) / 2).clamp(0, 1)
+    return (v - (low + high) / 2).clamp(0, 1).to(u)
 
 
 @torch.no_grad()
