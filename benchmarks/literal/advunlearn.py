@@ -1,4 +1,4 @@
-"""AdvUnlearn's training loop as it was published: an attack of K steps before every update, each with an x_t of its own.
+"""AdvUnlearn's training loop as it was published: K steps of attack before every update, each with an x_t of its own.
 
 Objective (Zhang et al., NeurIPS 2024, arXiv 2405.15234, eq. 5 and 6), with y as in ESD:
 

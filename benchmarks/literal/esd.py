@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-Draw = tuple[Tensor, int, int]  # noise (1, channels, height, width), node e, and a time step within the node's stretch
+Draw = tuple[
+    Tensor, int, int
+]  # noise (1, channels, height, width), node e, and a time step within the node's stretch
 
 
 def predict(unet: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -25,7 +27,9 @@ def predict(unet: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     return unet(x, t, encoder_hidden_states=text).sample
 
 
-def draws(shape: Sequence[int], steps: int, generator: torch.Generator, train_steps: int = 1000) -> Iterator[Draw]:
+def draws(
+    shape: Sequence[int], steps: int, generator: torch.Generator, train_steps: int = 1000
+) -> Iterator[Draw]:
     """Draws without an end, on the CPU. shape: of one latent, (channels, height, width)."""
     number = lambda high: int(torch.randint(high, (), generator=generator))
     while True:
@@ -34,7 +38,14 @@ def draws(shape: Sequence[int], steps: int, generator: torch.Generator, train_st
 
 @torch.no_grad()
 def partly_drawn(
-    unet: nn.Module, scheduler, text: Tensor, empty: Tensor, draw: Draw, steps: int, guidance: float, lag: bool
+    unet: nn.Module,
+    scheduler,
+    text: Tensor,
+    empty: Tensor,
+    draw: Draw,
+    steps: int,
+    guidance: float,
+    lag: bool,
 ) -> tuple[Tensor, Tensor]:
     """x_t (n, channels, height, width), by the sampler from noise to node e, and the time step that goes with it.
 
@@ -79,7 +90,9 @@ def train(
     concept = text if concept is None else concept
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for draw in draws:
-        x, t = partly_drawn(unet if walker is None else walker, scheduler, text, empty, draw, steps, guidance, lag)
+        x, t = partly_drawn(
+            unet if walker is None else walker, scheduler, text, empty, draw, steps, guidance, lag
+        )
         with torch.no_grad():
             e_0, e_p = predict(frozen, x, t, empty), predict(frozen, x, t, concept)
             e_f = e_p if concept is text else predict(frozen, x, t, text)

@@ -17,13 +17,17 @@ import torch
 from literal.esd import predict
 from torch import Tensor, nn
 
-Way = list[tuple[Tensor, Tensor, Tensor]]  # of each step the latent before it, the one after it, and the time step
+Way = list[
+    tuple[Tensor, Tensor, Tensor]
+]  # of each step the latent before it, the one after it, and the time step
 # a way and its step; for each preserved latent a way, its step, and a time step within the step's stretch
 Pick = tuple[int, int, list[tuple[int, int, int]]]
 
 
 @torch.no_grad()
-def way(unet: nn.Module, scheduler, text: Tensor, empty: Tensor, noise: Tensor, steps: int, guidance: float) -> Way:
+def way(
+    unet: nn.Module, scheduler, text: Tensor, empty: Tensor, noise: Tensor, steps: int, guidance: float
+) -> Way:
     """All steps of DDIM from noise (1, channels, height, width), both halves of guidance also where they are equal."""
     scheduler.set_timesteps(steps)
     x, both, found = noise.to(unet.device, unet.dtype), torch.cat([empty, text]), []

@@ -1,12 +1,13 @@
 """UnlearnDiffAtk as it was published: one prompt at a time, one picture of the victim after each time step.
 
-    min  E_eps || eps - eps_theta(x_t | prefix + prompt) ||^2        x_t: a picture of the concept, noised to time step t
+    min  E_eps || eps - eps_theta(x_t | prefix + prompt) ||^2       x_t: a picture of the concept, noised to t
 
 (Zhang et al., ECCV 2024, arXiv 2310.11868) over k rows of a relaxed one-hot matrix u. From the authors' code at 5a3e5d3
 (MIT), by facts noted in reading it and in none of its words: 40 updates at each of 50 ascending time steps, with one
 noise each; tokens drawn from the rows of u, their gradient straight through and clamped; Adam with coupled weight
-decay; bisection onto the simplex, to 1e-5; the victim's 50 steps with each half of guidance by itself; the first success
-ends the attack. There every drawing resets the random numbers, so that each block sees the same ones (`reset`).
+decay; bisection onto the simplex, to 1e-5; the victim's 50 steps with each half of guidance by itself; the first
+success ends the attack. There every drawing resets the random numbers, so that each block sees the same ones
+(`reset`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +104,9 @@ def attack(
             delta = StraightThrough.apply(u, sampled.to(device)).to(vectors) @ vectors
             rows = torch.cat([table[ids[:, :1]], delta[None], table[ids[:, k + 1 :]]], 1)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
-            predicted = predict(pipeline.unet, noised(clean, noise, t_now), t_now, embedded(encoder, ids, rows))
+            predicted = predict(
+                pipeline.unet, noised(clean, noise, t_now), t_now, embedded(encoder, ids, rows)
+            )
             loss = nn.functional.mse_loss(predicted, noise)
             optimizer.zero_grad()
             loss.backward()

@@ -63,7 +63,7 @@ class Config:
     sentence row is at least this similar (cosine) to an erased one's, 1 drops none. retain_null: retain the empty
     prompt too, on which guidance leans (ours). eta, guidance, sampler, states, noises: as in ESD. faithful: the slips
     of the authors' code: words counted for tokens, gradients of the attack added up, its last step lost, layers chosen
-    by the beginning of their names, ESD's lag; and its retained rows have the time step of the (first) erased row, where
+    by the beginning of their names, ESD's lag; and retained rows have the time step of the (first) erased row, where
     otherwise each draws its own.
     """
 
