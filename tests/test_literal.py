@@ -13,16 +13,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from erasekit import models
 from erasekit.attacks import common, sees, unlearndiff
-from erasekit.concepts import Concept, content_ids
+from erasekit.concepts import Concept
 from erasekit.evaluate import judges
-from erasekit.layers import text_parameters, token_table, unet_parameters
 from erasekit.methods import advunlearn, esd, trce
-from erasekit.sampling import ddim
-from erasekit.tokens import layout, vocabulary
 
 NEAR = 1e-5  # relative, in float64
-ESD, ADVUNLEARN, TRCE, UNLEARNDIFF = map(literal_loop, ("esd", "advunlearn", "trce", "unlearndiff"))
-STEPS, STRETCH = 5, 200
+ALIKE, UNLEARNDIFF = map(literal_loop, ("alike", "unlearndiff"))
+STEPS = 5
 
 
 @pytest.fixture(autouse=True)
@@ -61,28 +58,17 @@ def exact(device="cpu", dtype=torch.float64) -> models.DiffusionModel:
     return models.load(tiny_pipeline().to(dtype), device=device)
 
 
-def noise(model, seed: int) -> torch.Tensor:
-    shape = (1, model.unet.config.in_channels, *model.latent_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def number(generator, high: int, count: int = 1) -> list[int]:
-    return torch.randint(high, (count,), generator=generator).tolist()
-
-
 # ESD
 
 SHORT_ESD = esd.Config(iterations=3, lr=1e-3, sampler=STEPS, templates=("a {}",))
-# Settings of the product, and of the loop. Its own is that of the code of 2023.
+# The first is the code of 2023.
 ESD_SWITCHES = {
-    'states="trained", faithful=True': (dict(faithful=True), dict(lag=True)),
-    'states="trained"': (dict(), dict(lag=False)),
-    'states="frozen"': (dict(states="frozen"), dict(lag=False, walker="frozen")),
-    'states="cached", noises=2': (dict(states="cached", noises=2), dict(lag=False, walker="frozen")),
-    'states="frozen", anchor="house"': (
-        dict(states="frozen"), dict(lag=False, walker="frozen", concept="a church"),
-    ),
-}  # fmt: skip
+    'states="trained", faithful=True': dict(faithful=True),
+    'states="trained"': dict(),
+    'states="frozen"': dict(states="frozen"),
+    'states="cached", noises=2': dict(states="cached", noises=2),
+    'states="frozen", anchor="house"': dict(states="frozen"),
+}
 
 
 def esd_product(model, changes, anchor=None):
@@ -95,37 +81,14 @@ def esd_product(model, changes, anchor=None):
     return seen, steps
 
 
-def esd_literal(model, settings, noises=None, prompt="a church"):
-    unet = model.copy().unet
-    generator = torch.Generator().manual_seed(3)
-    (base,) = number(generator, 2**31)
-
-    def draws():
-        for _ in range(SHORT_ESD.iterations):
-            number(generator, 1)  # the prompt
-            (start,), (e,), (offset,) = (
-                number(generator, high) for high in (noises or 2**31, STEPS, STRETCH)
-            )
-            yield noise(model, base + start), e, offset
-
-    settings = dict(settings)
-    walker = model.unet if settings.pop("walker", None) else None
-    concept = settings.pop("concept", None)
-    parameters = [unet.get_parameter(name) for name in unet_parameters(unet, "x")]
+def esd_literal(model, changes, anchor=None):
     with gradients() as steps:
-        losses = list(ESD.train(
-            unet, model.unet, ddim(model.scheduler), model.encode(prompt), model.encode(""), draws(), parameters,
-            lr=SHORT_ESD.lr, steps=STEPS, walker=walker, concept=concept and model.encode(concept), **settings,
-        ))  # fmt: skip
-    return losses, steps
+        return list(ALIKE.esd_losses(model, replace(SHORT_ESD, **changes), "church", 3, anchor)), steps
 
 
 def esd_both(switches, device="cpu", dtype=torch.float64):
-    changes, settings = ESD_SWITCHES[switches]
-    anchor = "house" if "anchor" in switches else None
-    ours = esd_product(exact(device, dtype), changes, anchor)
-    prompt = "a house" if anchor else "a church"
-    return ours, esd_literal(exact(device, dtype), settings, changes.get("noises"), prompt)
+    changes, anchor = ESD_SWITCHES[switches], "house" if "anchor" in switches else None
+    return tuple(one(exact(device, dtype), changes, anchor) for one in (esd_product, esd_literal))
 
 
 @pytest.mark.parametrize("switches", ESD_SWITCHES)
@@ -137,7 +100,7 @@ def test_esd(switches):
 def test_esd_without_its_switch_is_another(folder):
     """faithful, where x_t comes from, and eta."""
     model = exact()
-    theirs = esd_literal(model, dict(lag=True))
+    theirs = esd_literal(model, dict(faithful=True))
     for changes in (dict(), dict(faithful=True, states="frozen"), dict(faithful=True, eta=1.01)):
         assert apart(esd_product(model, changes), theirs) > 100 * NEAR
 
@@ -146,17 +109,18 @@ def test_esd_without_its_switch_is_another(folder):
 
 SHORT_ADVUNLEARN = advunlearn.Config(
     iterations=3, lr=1e-3, warmup=1, attack_steps=3, alpha=1e-2, retain_batch=3, sampler=STEPS, templates=("a {}",),
-    retain_templates=("a {}",),
+    retain_templates=("a {}",), states="frozen",
 )  # fmt: skip
 KEEP = ["dog", "house", "castle", "art"]
+# The first is the code, at its own settings.
 ADVUNLEARN_SWITCHES = {
-    "faithful=True": (dict(faithful=True), dict(slips=True)),
-    "faithful=True, pieces": (dict(faithful=True), dict(slips=True)),  # a word of several tokens
-    'faithful=True, rule="sign"': (dict(faithful=True, rule="sign"), dict(slips=True, sign=True)),
-    'faithful=True, part="x"': (dict(faithful=True, part="x"), dict(slips=True)),
-    'states="frozen"': (dict(), dict(slips=False)),
-    'part="x", states="frozen"': (dict(part="x"), dict(slips=False)),
-    'states="cached", noises=2': (dict(states="cached", noises=2), dict(slips=False)),
+    "faithful=True": dict(faithful=True),
+    "faithful=True, pieces": dict(faithful=True),  # a word of several tokens
+    'faithful=True, rule="sign"': dict(faithful=True, rule="sign"),
+    'faithful=True, part="x"': dict(faithful=True, part="x"),
+    'states="frozen"': dict(),
+    'part="x", states="frozen"': dict(part="x"),
+    'states="cached", noises=2': dict(states="cached", noises=2),
 }
 
 
@@ -170,57 +134,17 @@ def advunlearn_product(model, changes, erase="church"):
     return seen, steps
 
 
-def advunlearn_literal(model, settings, part="text", noises=None, erase="church"):
-    config, own = SHORT_ADVUNLEARN, model.copy()
-    tokenizer, generator = model.tokenizer, torch.Generator().manual_seed(4)
-    base, order = number(generator, 2**31) + number(generator, 2**31)
-    table, slips = token_table(model.text_encoder), settings["slips"]
-    allowed = [i for i in range(len(table)) if slips or i not in tokenizer.all_special_ids]
-    prompt, kept = f"a {erase}", [f"a {name}" for name in KEEP]
-    content = content_ids(tokenizer, prompt)
-    content = content[: len(prompt.split())] if slips else content  # the code counts words
-    ids = [model.tokenized([prompt])[0], layout(tokenizer, [[None, *content]])[0].to(model.device)]
-    of = lambda seed: noise(model, seed)
-
-    def random():
-        draw = lambda count=1: [number(generator, high, count) for high in (noises or 2**31, STEPS, STRETCH)]
-
-        def erased():
-            while True:
-                (start,), (e,), (offset,) = draw()
-                yield of(base + start), e, offset
-
-        def others(due):
-            for p, start, e, offset in zip(due, *draw(len(due)), strict=True):
-                yield of(base + 1 + 7919 * p + start), e, offset
-
-        for step in range(config.iterations):
-            number(generator, 1)  # the prompt
-            start = None
-            if step >= config.warmup:
-                start = table[allowed[number(generator, len(allowed))[0]]][None, None].float()
-            due = advunlearn.turn(step, len(kept), config.retain_batch, order).tolist()
-            yield start, due, erased(), others(due)
-
-    names = text_parameters(own.text_encoder) if part == "text" else unet_parameters(own.unet, part)
-    module = own.text_encoder if part == "text" else own.unet
+def advunlearn_literal(model, changes, erase="church"):
+    config = replace(SHORT_ADVUNLEARN, **changes)
     with gradients() as steps:
-        losses = list(ADVUNLEARN.train(
-            own.text_encoder, own.unet, model.unet, ddim(model.scheduler), ids, model.tokenized(kept)[0],
-            (model.encode(prompt), model.encode("")), model.encode(kept), random(),
-            [module.get_parameter(name) for name in names], warmup=config.warmup, attack_steps=config.attack_steps,
-            alpha=config.alpha, lr=config.lr, steps=STEPS, **settings,
-        ))  # fmt: skip
-    return losses, steps
+        return list(ALIKE.advunlearn_losses(model, config, erase, KEEP, 4)), steps
 
 
 def advunlearn_both(switches, device="cpu", dtype=torch.float64):
-    changes, settings = ADVUNLEARN_SWITCHES[switches]
-    changes = dict(states="frozen") | changes
-    erase = "zebra" if "pieces" in switches else "church"
-    ours = advunlearn_product(exact(device, dtype), changes, erase)
-    part = changes.get("part", "text")
-    return ours, advunlearn_literal(exact(device, dtype), settings, part, changes.get("noises"), erase)
+    changes, erase = ADVUNLEARN_SWITCHES[switches], "zebra" if "pieces" in switches else "church"
+    return tuple(
+        one(exact(device, dtype), changes, erase) for one in (advunlearn_product, advunlearn_literal)
+    )
 
 
 @pytest.mark.parametrize("switches", ADVUNLEARN_SWITCHES)
@@ -230,13 +154,13 @@ def test_advunlearn(switches):
 
 
 def test_advunlearn_without_its_switch_is_another():
-    theirs = advunlearn_literal(exact(), dict(slips=True))
+    theirs = advunlearn_literal(exact(), dict(faithful=True))
     for changes in (
         dict(states="frozen"),
         dict(faithful=True, alpha=1.01e-2),
         dict(faithful=True, gamma=0.51),
     ):
-        assert apart(advunlearn_product(exact(), dict(states="frozen") | changes), theirs) > 100 * NEAR
+        assert apart(advunlearn_product(exact(), changes), theirs) > 100 * NEAR
 
 
 # TRCE, stage 2
@@ -247,15 +171,12 @@ SHORT_TRCE = trce.Config(
 )  # fmt: skip
 CHURCH = Concept("church", anchor="house")
 TRCE_SWITCHES = {
-    "faithful=True": (dict(faithful=True), dict(slips=True)),
-    'faithful=True, branches="text"': (
-        dict(faithful=True, branches="text"),
-        dict(slips=True, branches="text"),
-    ),
-    'branches="both", reference="stage1"': (dict(), dict(slips=False)),
-    'branches="text"': (dict(branches="text"), dict(slips=False, branches="text")),
-    'reference="original"': (dict(reference="original"), dict(slips=False)),
-    'stages="trajectory"': (dict(stages="trajectory"), dict(slips=False)),
+    "faithful=True": dict(faithful=True),
+    'faithful=True, branches="text"': dict(faithful=True, branches="text"),
+    'branches="both", reference="stage1"': dict(),
+    'branches="text"': dict(branches="text"),
+    'reference="original"': dict(reference="original"),
+    'stages="trajectory"': dict(stages="trajectory"),
 }
 
 
@@ -284,43 +205,12 @@ def trce_product(model, changes):
     return ([state["loss"] for state in seen], steps), given[0]
 
 
-def trce_literal(model, start, pairs, settings, held="stage1", calm_slips=False):
-    """start: the model after stage 1. pairs: of prompts, as stage 2 is given them."""
-    config, unet, scheduler = SHORT_TRCE, start.copy().unet, ddim(model.scheduler)
-    generator, empty = torch.Generator().manual_seed(6), model.encode("")
-    (seed,) = number(generator, 2**31)
-    texts = [(model.encode(malicious), model.encode(safe)) for malicious, _, safe, _ in pairs]
-    each = [(p, n) for n in range(config.noises) for p in range(len(pairs))]
-    draw = lambda text, start, w: TRCE.way(model.unet, scheduler, text, empty, noise(model, start), STEPS, w)
-    ways = [draw(texts[p][0], seed + 7919 * p + n, config.guidance) for p, n in each]
-    calm = [draw(empty, seed + 1 + n, 7.5) for n in range(config.calm)]
-
-    def picks():
-        for _ in range(config.iterations):
-            (point,) = number(generator, len(ways) * config.early)
-            rows, nodes, offsets = (
-                number(generator, high, config.keep_batch) for high in (config.calm, STEPS, STRETCH)
-            )
-            others = [(row, STEPS - 1 - node, o) for row, node, o in zip(rows, nodes, offsets, strict=True)]
-            yield *divmod(point, config.early), others
-
-    with gradients() as steps:
-        losses = list(TRCE.train(
-            unet, model.unet, model.unet if held == "original" else start.unet, [texts[p] for p, _ in each], empty,
-            ways, calm, picks(), [unet.get_parameter(name) for name in unet_parameters(unet, "visual")],
-            g=config.beta - 1, margin=config.margin, weight=config.weight, lr=config.lr, calm_slips=calm_slips,
-            **settings,
-        ))  # fmt: skip
-    constant = config.weight * 0.01 / config.keep_batch  # of the code, and of no consequence
-    return [loss - constant for loss in losses], steps
-
-
 def trce_both(switches, device="cpu", dtype=torch.float64, **more):
-    changes, settings = TRCE_SWITCHES[switches]
-    model = exact(device, dtype)
+    changes, model = TRCE_SWITCHES[switches], exact(device, dtype)
     ours, (_, start, pairs, *_) = trce_product(model, changes)
-    held = "original" if changes.get("reference") == "original" else "stage1"
-    return ours, trce_literal(model, start, pairs, settings, held, **more)
+    with gradients() as steps:
+        losses = list(ALIKE.trce_losses(model, start, pairs, replace(SHORT_TRCE, **changes), 6, **more))
+    return ours, (losses, steps)
 
 
 @pytest.mark.parametrize("switches", TRCE_SWITCHES)
@@ -339,7 +229,7 @@ def test_trce_without_its_switch_is_another(monkeypatch):
     assert apart(*lagging) > 100 * NEAR
     ours, theirs = trce_both('branches="both", reference="stage1"')
     for other in ("faithful=True", 'branches="text"', 'reference="original"'):
-        assert apart(trce_product(exact(), TRCE_SWITCHES[other][0])[0], theirs) > 100 * NEAR
+        assert apart(trce_product(exact(), TRCE_SWITCHES[other])[0], theirs) > 100 * NEAR
 
 
 # UnlearnDiffAtk
@@ -372,25 +262,26 @@ def unlearndiff_product(model, targets, folder, **changes):
     with gradients() as steps:
         result = unlearndiff.run(
             model, PROMPTS, seeds=[0, 1], goal=sees("church", judge="nothing"), targets=targets,
-            config=replace(SHORT_UNLEARNDIFF, **changes), generator=torch.Generator().manual_seed(5),
-            folder=folder / "attacks",
+            config=replace(SHORT_UNLEARNDIFF, **changes), folder=folder / "attacks",
+            generator=[torch.Generator().manual_seed(5 + i) for i in range(2)],
         )  # fmt: skip
     blocks = [block for attempt in result.attempts for block in attempt.trace]
     return ([block["loss"] for block in blocks], steps), [block["text"] for block in blocks]
 
 
 def unlearndiff_literal(model, targets, **settings):
-    config, first = SHORT_UNLEARNDIFF, torch.Generator().manual_seed(5)
-    clean, blocks = common.latents_of(model, targets), []
-    settings = dict(tolerance=1e-9, reset=False, allowed=vocabulary(model.tokenizers, False)) | settings
+    clean, blocks = common.latents_of(model, targets).split(1), []
     with gradients() as steps:
-        for prompt, latent in zip(PROMPTS, clean, strict=True):
-            own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=first)))
-            blocks += UNLEARNDIFF.attack(
-                model.pipeline, ddim(model.scheduler).add_noise, prompt, latent[None], lambda text: False, own,
-                k=config.k, timesteps=config.timesteps, updates=config.updates, alpha=config.alpha,
-                weight_decay=config.weight_decay, **settings,
-            )  # fmt: skip
+        for i, (prompt, latent) in enumerate(zip(PROMPTS, clean, strict=True)):
+            blocks += ALIKE.unlearndiff_blocks(
+                model,
+                SHORT_UNLEARNDIFF,
+                prompt,
+                latent,
+                lambda text: False,
+                5 + i,
+                **{"tolerance": 1e-9} | settings,
+            )
     return ([block["loss"] for block in blocks], steps), [block["text"] for block in blocks]
 
 
