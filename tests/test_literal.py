@@ -156,7 +156,7 @@ def test_advunlearn(switches):
 def test_advunlearn_without_its_switch_is_another():
     theirs = advunlearn_literal(exact(), dict(faithful=True))
     for changes in (
-        dict(states="frozen"),
+        dict(),
         dict(faithful=True, alpha=1.01e-2),
         dict(faithful=True, gamma=0.51),
     ):
