@@ -145,8 +145,7 @@ def of_trce(model, count: int, ways: int) -> dict:
 
     more = 10 * count
     with patch.object(states, "cached", timed), patch.object(trce, "cached", timed):
-        with patch.object(trce, "steer", watched):
-            _, pace, used = trained(trce, model, replace(few, faithful=False, early=25), more, anchor=SAFE)
+        _, pace, used = trained(trce, model, replace(few, faithful=False, early=25), more, anchor=SAFE)
     counts = (
         100,
         paper.calm,
@@ -155,6 +154,8 @@ def of_trce(model, count: int, ways: int) -> dict:
     once = sum(seconds / rows * whole for (rows, seconds), whole in zip(pieces, counts, strict=True))
     product = {"once": once, "pace": pace, "measured": more, "ways": ways, "loss": sum(used) / more}
 
+    with patch.object(trce, "KEPT", torch.float32), patch.object(trce, "steer", watched):
+        _, _, same = trained(trce, model, few, count, anchor=SAFE)
     _, start, pairs, *_ = given[0]
     begin = time.perf_counter()
     losses = alike.trce_losses(model, start, pairs, few, SEED)
@@ -169,8 +170,6 @@ def of_trce(model, count: int, ways: int) -> dict:
         "ways": ways,
         "loss": sum(found) / count,
     }
-    with patch.object(trce, "KEPT", torch.float32):
-        _, _, same = trained(trce, model, few, count, anchor=SAFE)
     switches = "faithful=True, early=26, KEPT=float32; and no lag of the preserved latents in the loop"
     return row("trce", paper.iterations, loop, product, {"switches": switches, "apart": apart(same, found)})
 
