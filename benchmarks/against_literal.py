@@ -38,7 +38,7 @@ import erasekit as ek
 from erasekit import states
 from erasekit.attacks import common, sees, unlearndiff
 from erasekit.evaluate import runs, world
-from erasekit.evaluate.records import Result, save
+from erasekit.evaluate.records import Result, read, save
 from erasekit.evaluate.runs import machine
 from erasekit.experiments import stages
 from erasekit.methods import advunlearn, esd, trce
@@ -252,7 +252,9 @@ def main() -> None:
     command = (
         f"python benchmarks/against_literal.py{words} --device {given.device} --out {given.out.as_posix()}"
     )
-    result = Result(command, "benchmark", machine=machine(), details={"device": given.device, "methods": {}})
+    made = read(given.out) if given.out.exists() else None
+    rows = made.details["methods"] if made and made.command == command else {}
+    result = Result(command, "benchmark", machine=machine(), details={"device": given.device, "methods": rows})
     makers = {
         "esd": lambda: of_esd(model, 8 * given.iterations),
         "advunlearn": lambda: of_advunlearn(model, given.iterations),
@@ -260,6 +262,8 @@ def main() -> None:
         "unlearndiff": lambda: of_unlearndiff(model, given.iterations, given.updates, given.prompts),
     }
     for name in given.methods:
+        if name in rows:  # of an interrupted run
+            continue
         begin = time.perf_counter()
         result.details["methods"][name] = makers[name]()
         save(result, given.out)
