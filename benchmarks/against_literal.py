@@ -254,7 +254,9 @@ def main() -> None:
     )
     made = read(given.out) if given.out.exists() else None
     rows = made.details["methods"] if made and made.command == command else {}
-    result = Result(command, "benchmark", machine=machine(), details={"device": given.device, "methods": rows})
+    result = Result(
+        command, "benchmark", machine=machine(), details={"device": given.device, "methods": rows}
+    )
     makers = {
         "esd": lambda: of_esd(model, 8 * given.iterations),
         "advunlearn": lambda: of_advunlearn(model, given.iterations),

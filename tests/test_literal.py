@@ -14,8 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from erasekit import models
 from erasekit.attacks import common, sees, unlearndiff
 from erasekit.concepts import Concept
-from erasekit.evaluate import judges
+from erasekit.evaluate import judges, records
 from erasekit.methods import advunlearn, esd, trce
+from erasekit.paths import ROOT
 
 NEAR = 1e-5  # relative, in float64
 ALIKE, UNLEARNDIFF = map(literal_loop, ("alike", "unlearndiff"))
@@ -353,3 +354,13 @@ def test_in_single_precision(method, device, targets, folder, monkeypatch):
         "unlearndiff": lambda: [one for one, _ in unlearndiff_both(targets, folder, *how)],
     }[method]()
     assert apart(ours, theirs) < 2e-2
+
+
+def test_the_readme_says_what_was_timed_against_the_loops():
+    made = records.read("benchmark_against_literal").details["methods"]
+    table = (ROOT / "README.md").read_text().partition("\n| | published loop | here | times | by what |\n")[2]
+    said = [line.strip("| ").split(" | ")[:4] for line in table.partition("\n\n")[0].splitlines()[1:]]
+    numbers = [[f"{x:.3g}" for x in (one["loop"]["seconds"], one["product"]["seconds"], one["ratio"])]
+               for one in (made[name] for name in ("esd", "advunlearn", "trce", "unlearndiff"))]  # fmt: skip
+    assert [row[1:] for row in said] == numbers
+    assert all(one["alike"]["apart"] < 1e-5 for one in made.values()), "equal losses in the timed run"
