@@ -450,7 +450,9 @@ def main() -> None:
     }
     flags = "".join(f" --{name}" for name in ("trained", "half") if getattr(given, name))
     flags += f" --families {' '.join(given.families)}" if given.families != list(SHAPES) else ""
-    command = f"python benchmarks/stable_diffusion.py{flags} --device {given.device} --out {given.out.as_posix()}"
+    command = (
+        f"python benchmarks/stable_diffusion.py{flags} --device {given.device} --out {given.out.as_posix()}"
+    )
     result = Result(command, "benchmark", machine=machine(), details=details)
     again = [sys.executable, __file__, "--device", given.device, *(["--half"] if given.half else []), "--out"]
     passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # a thread that waits takes no processor time

@@ -1,5 +1,6 @@
 """A tiny random Stable Diffusion 1.x pipeline, made of the real classes; no test needs the network."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -32,6 +33,16 @@ def benchmark_script(name: str):
     finally:
         sys.path.remove(str(folder))
         sys.modules.pop(name, None)
+
+
+def literal_loop(name: str):
+    """benchmarks/literal/NAME.py as a module: a published training loop, written out."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(f"literal.{name}")
+    finally:
+        sys.path.remove(folder)
 
 
 def tiny_pipeline(seed: int = 0, length: int = LENGTH) -> StableDiffusionPipeline:

@@ -13,6 +13,7 @@ import pandas as pd
 from erasekit.paths import DATA
 
 FOLDER = DATA / "papers"
+NOT_RATES = ("dossiers", "claims", "agreement")
 PAPERS = ("uce", "esd", "mace", "rece", "realera", "trce", "advunlearn")
 STATES = {
     "measured": "measured here",
@@ -30,7 +31,7 @@ def rates(*papers: str) -> pd.DataFrame:
     """What papers report: paper, metric, method, value, unit, model, protocol, source, trust, and rate, the value as a
     share where its unit is %. Without a name the numbers of all papers.
     """
-    known = sorted(path.stem for path in FOLDER.glob("*.csv") if path.stem != "dossiers")
+    known = sorted(path.stem for path in FOLDER.glob("*.csv") if path.stem not in NOT_RATES)
     if missing := sorted(set(papers) - set(known)):
         raise ValueError(f"no numbers of {', '.join(missing)}; there are some of: {', '.join(known)}")
     tables = {name: pd.read_csv(FOLDER / f"{name}.csv") for name in papers or known}

@@ -25,7 +25,7 @@ training x_t, eps_o and y do not depend on it: states="cached" computes them onc
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -63,8 +63,8 @@ class Config:
     sentence row is at least this similar (cosine) to an erased one's, 1 drops none. retain_null: retain the empty
     prompt too, on which guidance leans (ours). eta, guidance, sampler, states, noises: as in ESD. faithful: the slips
     of the authors' code: words counted for tokens, gradients of the attack added up, its last step lost, layers chosen
-    by the beginning of their names, ESD's lag. Retained rows draw their own time steps (there, those of the erased
-    row).
+    by the beginning of their names, ESD's lag; and retained rows have the time step of the (first) erased row, where
+    otherwise each draws its own.
     """
 
     part: str = "text"
@@ -322,11 +322,16 @@ def fit(
             text = attacked(prompt, generator)
         else:
             text = said(plain, prompt)
-        state = states.at(states.pick(prompt, generator))
+        picks = states.pick(prompt, generator)
+        state = states.at(picks)
         wanted = state.target(config.eta)
         if retain is not None:
             due = turn(step, len(kept), config.retain_batch, order)
-            other = retain.at(retain.pick(due, generator))
+            others = retain.pick(due, generator)
+            if config.faithful:
+                own = {name: getattr(picks, name)[:1].expand(len(due)) for name in ("node", "offset")}
+                others = replace(others, **own)
+            other = retain.at(others)
             state, wanted = state + other, torch.cat([wanted, other.text])
             text = joined([text, said(kept_ids, due)])
         predicted = predict(unet, state.sample, state.timestep, text)

@@ -55,6 +55,7 @@ from erasekit.tuning import check_changed, descend, difference, trainee
 Token = Literal["sot", "key", "eot", "last", "all"]
 Stages = Literal["both", "text", "trajectory"]
 PHRASES = Path(__file__).with_name("trce_phrases.csv")
+KEPT = torch.float16  # latents and directions of the early ways (ours; single precision in the authors' code)
 
 # ours; the paper's come from another project
 TEMPLATES = (
@@ -291,7 +292,7 @@ def solve(
 @dataclass(frozen=True, eq=False)
 class Trajectories:
     """Points on the early part of the ways to malicious pictures: latents (m, channels, height, width) and directions
-    D of the same shape in half precision, offsets k (m,), time steps (m,), and the row of the prompt (m,).
+    D of the same shape (both of dtype `KEPT`), offsets k (m,), time steps (m,), and the row of the prompt (m,).
     """
 
     latents: Tensor
@@ -355,14 +356,14 @@ def trajectories(
                 x = step["latents"]
                 told, uncond = (predict(model.unet, x, t, one) for one in (text[at], empty.times(len(part))))
             d, k = directions(told, predict(model.unet, x, t, instead[at]), uncond, config.beta)
-            points.append([x.half(), d.half(), k, torch.full((len(part),), t), prompt])
+            points.append([x.to(KEPT), d.to(KEPT), k, torch.full((len(part),), t), prompt])
         return {
             name: torch.stack(column, 1)
             for name, column in zip(TRAJECTORY, zip(*points, strict=True), strict=True)
         }
 
     what = [config_of(model.scheduler), list(malicious), list(safe), seed, config.guidance, config.sampler]
-    what += [config.early, config.noises, config.beta, config.faithful]
+    what += [config.early, config.noises, config.beta, config.faithful, str(KEPT)]
     found = cached(model, (folder or states.FOLDER) / "trajectories", what, len(ways), early)
     return Trajectories(*(found[name].flatten(0, 1) for name in TRAJECTORY))
 
