@@ -19,6 +19,13 @@ from erasekit.miniatures import clip_tokenizer as tiny_tokenizer  # noqa: F401
 from erasekit.paths import ROOT
 
 
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
 @contextmanager
 def benchmark_script(name: str):
     """benchmarks/NAME.py as a module, beside the others of its folder."""

@@ -42,12 +42,6 @@ def edits(tiny) -> dict[str, ek.Edit]:
     }
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 def drawn(model, edit, prompt, seed, strength=1.0, **how) -> np.ndarray:
     """The picture that the model itself gives, every pixel a square, 256 wide."""
     if edit is None:

@@ -33,12 +33,6 @@ figures.save_figure(fig, "curve", data=data, notebook="20_rece", folder=pathlib.
 """
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 def draw(folder, value="0.5"):
     subprocess.run([sys.executable, "-c", DRAW, str(folder), value], check=True, cwd=ROOT)
     return {path.suffix[1:]: path.read_bytes() for path in folder.iterdir()}

@@ -209,4 +209,4 @@ def test_the_notebook_makes_a_table_behind_run_gpu(folder, tmp_path):
     first = [row["results"][0]["measurements"][0] for row in record["rows"].values()]
     assert all((one["measure"], one["value"]["n"]) == ("Acc_e", 1) for one in first)
     cell = nbformat.read(tmp_path / "executed.ipynb", 4).cells[-2]
-    assert sum("image/png" in output.get("data", {}) for output in cell.outputs) == len(record["rows"])
+    assert sum("image/svg+xml" in output.get("data", {}) for output in cell.outputs) == len(record["rows"])
