@@ -7,7 +7,7 @@ cells of `data/results/`, A and B, and which of the two rates the paper says is 
 of these results were already committed: it is **no pre-registration**. Tests were chosen by what a paper says.
 
 A cell is written `files | edit | measure`: names of result files with spaces between, whose counts are added up. A
-fourth part names a step or a protocol where the three fit several measurements. `; ` adds a further cell.
+fourth part names a step or a protocol where the three fit several measurements. A semicolon adds a further cell.
 """
 
 import functools
