@@ -204,6 +204,13 @@ def test_weights_that_nothing_is_computed_with_are_not_rounded(model):
             pass
 
 
+@pytest.mark.parametrize("name", deployment.PACKAGES)
+def test_a_package_is_not_given_such_weights_either(name, model):
+    model.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        drawn(Step(name, "weights", deployment._packaged, {"by": name}), model, None)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_strength_is_the_average_of_weights(share, model, edit):
     """For every kind of edit, whose change of a weight is linear in its strength."""

@@ -231,6 +231,7 @@ def _packaged(model, edit, prompts, seeds, *, by, **sampling):
     """
     if edit is not None and edit.kind in filters.KINDS:
         raise NoMeaning(f"a {edit.kind} is in no weight, and a package is given a model's weights")
+    model.check_editable()
     used = model.copy() if edit is None else edit.merged(model)
     PACKAGES[by][1](used)
     return used.generate(prompts, seeds, **sampling)

@@ -1,7 +1,9 @@
-"""What `runs` keeps on disk, and making room: pictures are shared by protocols, so a folder is kept or given up whole.
+"""What `runs` keeps on disk, and making room.
 
-kept.table()                          # a row for each model with its edits, sampler and steps
-kept.free(older=30, delete=False)     # what has not been touched for so many days
+    kept.table()                          # a row for each model with its edits, sampler and steps
+    kept.free(older=30, delete=False)     # what has not been touched for so many days
+
+Pictures are shared by protocols, so a folder is kept or given up whole.
 """
 
 import json
