@@ -344,6 +344,25 @@ def test_what_has_changed_since_is_given_to_nbval(folder, run_all, verify):
     assert not found and str(path) in command and str(other) not in command and "--nbval-lax" in command
 
 
+def test_a_figure_is_drawn_by_a_checked_cell_and_its_words_are_compared_but_not_its_strokes(folder, tmp_path):
+    """Every machine rounds a picture otherwise. nbval passes over PNG and JPEG by itself, over SVG it does not."""
+    path = write_notebook(
+        folder / "a.ipynb",
+        f"{notebooks.CHECKED}\nfrom IPython.display import SVG, display\nprint('a figure')\n"
+        """display(SVG('<?xml version="1.0"?>\\n<svg xmlns="http://www.w3.org/2000/svg"><path d="M 0 1"/></svg>'))""",
+    )
+    notebooks.refresh([path], executed=tmp_path / "build", figures=tmp_path)
+    committed = path.read_text()
+
+    def found():
+        return notebooks.verify([path], executed=tmp_path / "nowhere", figures=tmp_path)
+
+    for old, new in (("M 0 1", "M 0 2"), ("a figure", "another figure")):
+        assert committed.count(old) > 1, "the output stands before the source, which is changed"
+        path.write_text(new.join(committed.rsplit(old, 1)))
+        assert bool(found()) == (old != "M 0 1")
+
+
 def test_badges_stand_between_the_readmes_markers_and_are_replaced(tmp_path):
     readme = tmp_path / "README.md"
     shutil.copyfile(ROOT / "README.md", readme)
