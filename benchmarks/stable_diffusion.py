@@ -248,13 +248,22 @@ def peak_from_now() -> int | None:
 
 PHRASES = 20  # of one malicious concept in TRCE's code
 CLOSED = {
-    "UCE": ("uce", {}),
-    "RECE": ("rece", {}),
-    "MACE, closed form": ("mace", {"lora": False}),
-    "TRCE, stage 1": (
-        "trce",
-        {"stages": "text", "lam": 1e-6},
-    ),  # 0, the preset's, is singular on random weights
+    "UCE": ("uce", "sd14-nudity", {}),
+    "RECE": ("rece", "sd14-nudity", {}),
+    "MACE, closed form": ("mace", "sd14-nudity", {"lora": False}),
+    # 0, the preset's lam, is singular on random weights
+    "TRCE, stage 1": ("trce", "sd14-nudity", {"stages": "text", "lam": 1e-6}),
+}
+OTHERS = {  # what the four papers are compared with
+    "SPEED": ("speed", "sd14-nudity", {}),
+    "DP": ("dp", "sd14-object", {}),
+    "OCE": ("oce", "sd14-nudity", {}),
+}
+FILTERS = {
+    "AdaVD": "adavd",
+    "Semantic Surgery": "semantic_surgery",
+    "SAFREE": "safree",
+    "SLD": "sld",
 }
 # preset, what is smaller than in it for the measurement, and what is smaller still on the CPU; `latents` of the preset
 TRAINED = {
@@ -285,6 +294,7 @@ ROWS = [
         for name in ("ESD-x", "TRCE, stage 2", "AdvUnlearn", "RealEra, LoRA", "sampling", "MACE, LoRA")
     ),
     *(("sd14", name) for name in CLOSED if name != "UCE"),
+    *(("sd14", name) for name in (*OTHERS, *FILTERS)),
     *((family, name) for family in ("sd21", "sdxl") for name in ("load", *CLOSED)),
     *(("sdxl", name) for name in TRAINED),
 ]
@@ -309,8 +319,10 @@ def row(family: str, name: str, device: str, place: Path, half: bool = False) ->
         }
     elif name == "sampling":
         found |= sampling(model, seconds)
-    elif name in CLOSED:
-        found |= closed(model, *CLOSED[name], PHRASES if family == "sd14" else 2, seconds)
+    elif name in FILTERS:
+        found |= filtered(model, FILTERS[name], seconds)
+    elif name in CLOSED or name in OTHERS:
+        found |= closed(model, *(CLOSED | OTHERS)[name], PHRASES if family == "sd14" else 2, seconds)
     else:
         found |= trained(model, *TRAINED[name], device == "cpu", place, seconds)
     found["seconds"] = {key: round(float(value[0]), 2) for key, value in seconds.items()}
@@ -338,9 +350,18 @@ def told(times: np.ndarray, model) -> float:
     return float(times[1 if model.device.type == "cpu" else 0])
 
 
-def closed(model, method: str, changes: dict, phrases: int, seconds: dict) -> dict:
-    """A fit by the method's preset for nudity: no iteration, so the whole recipe. What is erased is harmless, and TRCE
-    maps as many phrases of it as said.
+def filtered(model, method: str, seconds: dict) -> dict:
+    """The same picture while a filter is at work, which is made first."""
+    begin = now()
+    edit = getattr(ek, method).fit(model, "church")
+    seconds["fit"] = now() - begin
+    with edit.applied(model):
+        return {"preset": "sd14-object", "edit_bytes": edit.nbytes} | sampling(model, seconds)
+
+
+def closed(model, method: str, preset: str, changes: dict, phrases: int, seconds: dict) -> dict:
+    """A fit by a preset of the method: no iteration, so the whole recipe. What is erased is harmless, and TRCE maps as
+    many phrases of it as said.
     """
     module = getattr(ek, method)
     erase = (
@@ -349,14 +370,15 @@ def closed(model, method: str, changes: dict, phrases: int, seconds: dict) -> di
         else "church"
     )
     begin = now()
-    edit = module.fit(model, erase, config=replace(module.PRESETS["sd14-nudity"], **changes))
+    edit = module.fit(model, erase, config=replace(module.PRESETS[preset], **changes))
     seconds["fit"] = now() - begin
     begin = now()
     with edit.applied(model):
         seconds["apply"] = now() - begin
         begin = now()
     seconds["undo"] = now() - begin
-    found = {"preset": "sd14-nudity", "rank": edit.context_map.rank, "edit_bytes": edit.nbytes}
+    found = {"preset": preset, "edit_bytes": edit.nbytes}
+    found |= {"rank": edit.context_map.rank} if edit.kind == "context_map" else {}
     return found | ({"phrases": phrases} if method == "trce" else {})
 
 
