@@ -182,6 +182,23 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "lr 3e-3": EQUAL | {"lr": 3e-3},
         "rank 4": EQUAL | {"rank": 4},
     },
+    "dp": {
+        "DP": {},
+        "prompts of the code": of_code("dp", "sd14-object", "preserve_templates"),
+        "settings of the code": of_code("dp", "sd14-object", "preserve_templates", "preserve_null")
+        | {"joint": False},
+    },
+    "speed": {
+        "SPEED": {},
+        "without IPF": {"ipf": False},
+        "settings of the code": of_code("speed", "sd14-object", "templates", "preserve_templates"),
+    },
+    "oce": {
+        "OCE": {},
+        "settings of the code": of_code(
+            "oce", "sd14-object", "guides", "templates", "preserve_templates", "general_templates"
+        ),
+    },
 }
 DEFAULT = {method: METHODS[method].PRESETS["emoji"] for method in VARIANTS}
 
