@@ -35,6 +35,7 @@ from erasekit.evaluate.records import EditMade, Measurement, Result, measurement
 from erasekit.experiments import stages
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
+from erasekit.settings import EMOJI_CAPTIONS
 
 SWITCHES = ("closed_form", "lora", "neighbour", "beyond")  # RealEra's
 SWITCHED = [dict(zip(SWITCHES, on, strict=True)) for on in product((True, False), repeat=len(SWITCHES))]
@@ -184,9 +185,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "dp": {
         "DP": {},
-        "prompts of the code": of_code("dp", "sd14-object", "preserve_templates"),
-        "settings of the code": of_code("dp", "sd14-object", "preserve_templates", "preserve_null")
-        | {"joint": False},
+        "captions kept": {"preserve_templates": EMOJI_CAPTIONS},
+        "captions and the empty prompt kept": {"preserve_templates": EMOJI_CAPTIONS, "preserve_null": True},
     },
     "speed": {
         "SPEED": {},
