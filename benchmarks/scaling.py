@@ -72,15 +72,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--most", type=int, default=SIZES[-1], choices=SIZES, help="the largest set to erase")
     parser.add_argument("--without-lora", action="store_true", help="MACE, RealEra: their closed form alone")
-    parser.add_argument("--preset", default="emoji", help="settings of the method (default: %(default)s)")
     parser.add_argument("--pairs", choices=get_args(Pairs), help="RECE: the preset's if absent")
     given = parser.parse_args()
     module = METHODS[given.method]
-    if given.preset not in module.PRESETS:
-        parser.error(f"{given.method} has the presets {', '.join(module.PRESETS)}, not {given.preset!r}")
-    config = module.PRESETS[given.preset]
+    config = module.PRESETS["emoji"]
     options = [] if given.most == SIZES[-1] else ["--most", str(given.most)]
-    options += [] if given.preset == "emoji" else ["--preset", given.preset]
     if given.without_lora:
         if not hasattr(config, "lora"):
             parser.error(f"{given.method} has no LoRA to leave out")
