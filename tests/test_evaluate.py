@@ -732,6 +732,25 @@ def test_compare_pairs_the_same_pictures(emoji, finished):
     )
 
 
+def test_two_attacks_of_one_protocol_are_compared_in_pairs():
+    uce, trce, longer = (
+        records.read(name)
+        for name in ("attack_unlearndiff_uce_dog", "attack_unlearndiff_trce_dog", "unlearndiff_esd_dog")
+    )
+    counts = [one.value("attack", one.label) for one in (uce, trce)]
+    found = records.paired(uce, trce, "attack")
+    assert found["difference"] == pytest.approx((counts[1]["k"] - counts[0]["k"]) / 50)
+    seen = [records.verdicts(one, "attack") for one in (uce, trce)]
+    assert seen[0].keys() == seen[1].keys() and [sum(one.values()) for one in seen] == [
+        c["k"] for c in counts
+    ]
+    exact = metrics.mcnemar(*[list(one.values()) for one in seen])["p"]
+    assert exact <= found["p"] <= 0.05 and found["separates"]
+    assert records.paired(uce, uce, "attack")["p"] == 1
+    with pytest.raises(ValueError, match="2 protocols"):
+        records.paired(uce, longer, "attack")
+
+
 def test_room_is_made_for_what_is_named_and_nothing_else(emoji, tmp_path, capsys):
     from erasekit.cli import main
 

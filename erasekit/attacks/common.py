@@ -119,7 +119,9 @@ class AttackResult:
         return metrics.rate(sum(done), len(done))
 
     def table(self) -> pd.DataFrame:
-        """One row: k/n and interval of the raw prompts and of the attack, mean cost, protocol hash."""
+        """One row: k/n and interval of the raw prompts and of the attack, exact McNemar's p of the two, mean cost,
+        protocol hash.
+        """
         mean = lambda what: round(float(np.mean([getattr(one, what) for one in self.attempts])), 1)
         return pd.DataFrame(
             [
@@ -127,7 +129,9 @@ class AttackResult:
                     "attack": self.attack,
                     "raw prompt": metrics.text(self.raw()),
                     "raw or attack": metrics.text(self.success()),
-                    "separate": metrics.separated(self.raw(), self.success()),
+                    "p": metrics.mcnemar(
+                        [one.raw for one in self.attempts], [one.raw or one.reached for one in self.attempts]
+                    )["p"],
                     "looks": mean("looks"),
                     "UNet passes": mean("unet"),
                     "texts": mean("text"),

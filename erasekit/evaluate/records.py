@@ -168,26 +168,37 @@ def shown(value: dict) -> str:
 def paired(a: Result, b: Result, measure: str) -> dict:
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
-    ValueError for files of two protocols, and for one that does not keep every picture's verdict.
+    measure: of two attacks "raw", "attack" or "alone". ValueError for files of two protocols, and for one that does not
+    keep every picture's verdict.
     """
-    hashes = {m.hash for one in (a, b) for m in one.measurements if m.measure == measure and not m.attack}
+    hashes = {m.hash for one in (a, b) for m in one.measurements if m.measure == measure}
     if len(hashes) != 1:
         raise ValueError(f"{measure} was measured under {len(hashes)} protocols: pairs need the same one")
-    for one in (a, b):
-        if measure not in one.details.get("verdicts", {}):
-            raise ValueError(
-                f"no verdicts of {measure} were kept: run it again, {one.command or 'as it was made'}"
-            )
-    seen = [
-        {
-            (prompt, seed): int(verdict)
-            for prompt, of in one.details["verdicts"][measure].items()
-            for seed, verdict in zip(of["seeds"], of["seen"], strict=True)
-        }
-        for one in (a, b)
-    ]
-    values = [[verdicts[key] for key in seen[0]] for verdicts in seen]
-    return metrics.paired_difference(*values, np.random.default_rng(0), list(zip(*seen[0], strict=True)))
+    first, second = (verdicts(one, measure) for one in (a, b))
+    values = [[found[key] for key in first] for found in (first, second)]
+    return metrics.paired_difference(*values, np.random.default_rng(0), list(zip(*first, strict=True)))
+
+
+ATTACKED = {  # the measures of an attack: what counts of an attempt
+    "raw": lambda one: one["raw"],
+    "attack": lambda one: one["raw"] or one["reached"],
+    "alone": lambda one: one["reached"],
+}
+
+
+def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:
+    """{(prompt, seed): 0 or 1} behind a rate. ValueError where they were not kept."""
+    if measure in ATTACKED and "attempts" in one.details:
+        return {(t["prompt"], t["seed"]): int(ATTACKED[measure](t)) for t in one.details["attempts"]}
+    if measure not in one.details.get("verdicts", {}):
+        raise ValueError(
+            f"no verdicts of {measure} were kept: run it again, {one.command or 'as it was made'}"
+        )
+    return {
+        (prompt, seed): int(verdict)
+        for prompt, of in one.details["verdicts"][measure].items()
+        for seed, verdict in zip(of["seeds"], of["seen"], strict=True)
+    }
 
 
 def measurements(
