@@ -178,6 +178,21 @@ def test_the_cut_is_a_singular_value_of_the_mean(model):
     assert free == [WIDTH - 3, WIDTH - 2, WIDTH - 1]
 
 
+def test_a_token_that_has_nowhere_to_go_may_be_fixed(model):
+    """With all tokens erased, as for nudity, the start token is its own target and one of the constraints."""
+    config = dataclasses.replace(speed.PRESETS["sd14-nudity"], ipf=False, dpa=False)
+    rows = speed.rows(model, model.concepts("church"), model.concepts(KEEP), None, config)
+    fixed = speed.constraints(model, config)
+    assert torch.equal(rows.sources[0], rows.targets[0])
+    torch.testing.assert_close(rows.sources[0], fixed[0])
+    assert speed.fit(model, "church", KEEP, config=config).kind == "weight_delta"
+    moved = dataclasses.replace(
+        rows, targets=rows.targets.roll(1, 0)
+    )  # control: now it should move, and may not
+    with pytest.raises(ValueError, match="nothing of it can be moved"):
+        speed.solve(moved, fixed, next(iter(values(model).values())).double(), config, None)
+
+
 def test_the_edit_is_that_of_the_solver_and_leaves_the_model_alone(model, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     same = lambda: all(torch.equal(tensor, before[name]) for name, tensor in model.unet.state_dict().items())
