@@ -425,7 +425,7 @@ def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
     return list(dict.fromkeys(chosen)) or there
 
 
-# Committed outputs
+# Badges
 
 
 def write_badges(repository: str, readme: Path = ROOT / "README.md") -> None:
@@ -444,6 +444,9 @@ def write_badges(repository: str, readme: Path = ROOT / "README.md") -> None:
         )
     changed = re.sub(marked, lambda found: found[1] + lines + found[2], text, flags=re.DOTALL)
     write_atomically(readme, changed)
+
+
+# Committed outputs
 
 
 def canonical(notebook) -> str:
