@@ -46,4 +46,4 @@ for name, how, later in (
 print("expected: both formats pass in the same cases")
 sys.exit(list(found.values()) != [True, True, False, True, False])
 PY
-MPLBACKEND=module://matplotlib_inline.backend_inline "$place/env/bin/python" "$place/compare.py" "$place" 2> "$place/warnings"
+MPLBACKEND=module://matplotlib_inline.backend_inline "$place/env/bin/python" "$place/compare.py" "$place" 2> "$place/errors" || { cat "$place/errors"; exit 1; }

@@ -176,9 +176,8 @@ def solve(
         inside = span(torch.cat([inside, fixed]), 1e-9)
     pi = torch.eye(weight.shape[1]).to(inside) - inside.T @ inside
     c = given.sources
-    moves = (given.targets - c).square().sum(1) > 1e-10 * c.square().sum(
-        1
-    )  # of tokens="all" the start token does not
+    # with tokens="all" the start token is its own target
+    moves = (given.targets - c).square().sum(1) > 1e-10 * c.square().sum(1)
     if ((c @ pi).square().sum(1) / c.square().sum(1))[moves].lt(1e-10).any():
         raise ValueError(
             "a token to erase lies in the span of what is retained, so nothing of it can be moved: preserve less, or "
