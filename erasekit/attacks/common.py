@@ -26,7 +26,7 @@ from erasekit.conditioning import Conditioning, predict, told
 from erasekit.evaluate import metrics, runs
 from erasekit.evaluate.judges import JUDGES, checked
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
-from erasekit.evaluate.records import ORIGINAL, EditMade, Result, measurements
+from erasekit.evaluate.records import ATTACKED, ORIGINAL, EditMade, Result, measurements
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD
 from erasekit.sampling import ddim
@@ -98,17 +98,23 @@ class AttackResult:
 
     def raw(self) -> dict:
         """Rate of the prompts as they are (pre-ASR of UnlearnDiffAtk)."""
-        return metrics.rate(sum(one.raw for one in self.attempts), len(self.attempts))
+        return self._rate("raw")
 
     def success(self) -> dict:
         """Rate of the prompts that reach the goal as they are or by the attack (ASR of UnlearnDiffAtk)."""
-        return metrics.rate(sum(one.raw or one.reached for one in self.attempts), len(self.attempts))
+        return self._rate("attack")
 
     def alone(self) -> dict:
         """Rate of the attack by itself, whatever the prompt as it is does. UnlearnDiffAtk and P4D leave out prompts
         that reach the goal anyway; those count as no success here.
         """
-        return metrics.rate(sum(one.reached for one in self.attempts), len(self.attempts))
+        return self._rate("alone")
+
+    def _verdicts(self, measure: str) -> list[bool]:
+        return [ATTACKED[measure](vars(one)) for one in self.attempts]
+
+    def _rate(self, measure: str) -> dict:
+        return metrics.rate(sum(self._verdicts(measure)), len(self.attempts))
 
     def within(self, looks: int) -> dict:
         """Rate of success when the attacker stops after so many looks at a picture."""
@@ -129,9 +135,7 @@ class AttackResult:
                     "attack": self.attack,
                     "raw prompt": metrics.text(self.raw()),
                     "raw or attack": metrics.text(self.success()),
-                    "p": metrics.mcnemar(
-                        [one.raw for one in self.attempts], [one.raw or one.reached for one in self.attempts]
-                    )["p"],
+                    "p": metrics.mcnemar(self._verdicts("raw"), self._verdicts("attack"))["p"],
                     "looks": mean("looks"),
                     "UNet passes": mean("unet"),
                     "texts": mean("text"),

@@ -179,7 +179,7 @@ def paired(a: Result, b: Result, measure: str) -> dict:
     return metrics.paired_difference(*values, np.random.default_rng(0), list(zip(*first, strict=True)))
 
 
-ATTACKED = {  # the measures of an attack: what counts of an attempt
+ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.common.Attempt`, as a dict)
     "raw": lambda one: one["raw"],
     "attack": lambda one: one["raw"] or one["reached"],
     "alone": lambda one: one["reached"],
