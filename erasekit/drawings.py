@@ -12,11 +12,9 @@ from torch import Tensor
 from erasekit.attacks.ring_a_bell import concept_vector
 from erasekit.concepts import token_ids
 from erasekit.edits import Edit, applied
-from erasekit.evaluate.judges import JUDGES, checked
+from erasekit.evaluate.judges import JUDGES, SURE, checked
 from erasekit.layers import first_attention, grid_of
 from erasekit.models import DiffusionModel
-
-SURE = 0.5  # a name that has less of the judge's probability than all others together is not seen
 
 
 @dataclass(frozen=True, eq=False)

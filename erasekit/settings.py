@@ -1,7 +1,8 @@
 """What the settings of a method or attack must be, which are taken, and what every `fit` asks first."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -117,10 +118,22 @@ def apart(erased: Sequence[Concept], preserved: Sequence[Concept]) -> None:
 
 
 def anchors(erased: Sequence[Concept], given: str | Concept | None, default: str) -> list[str]:
-    """What is drawn instead of each concept: `given`, else its own anchor, else the default."""
+    """What is drawn instead of each concept: `given`, else its own anchor, else the default; `say_what_stays`."""
     if given is None:
-        return [default if one.anchor is None else one.anchor for one in erased]
-    return [given.name if isinstance(given, Concept) else given] * len(erased)
+        found = [default if one.anchor is None else one.anchor for one in erased]
+    else:
+        found = [given.name if isinstance(given, Concept) else given] * len(erased)
+    say_what_stays(zip((one.name for one in erased), found, strict=True))
+    return found
+
+
+def say_what_stays(pairs: Iterable[tuple[str, str]]) -> None:
+    """UserWarning for concepts, each with its anchor, that are their own anchor."""
+    if same := [one for one, anchor in pairs if one.strip().lower() == anchor.strip().lower()]:
+        warnings.warn(
+            f"{', '.join(dict.fromkeys(same))} stays as it is, because it is its own anchor: name another anchor",
+            stacklevel=5,
+        )
 
 
 def erase_prompts(concepts: Sequence[Concept], templates: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What the papers claim and in what order they rank methods, beside the committed results."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -90,6 +91,30 @@ def test_verdicts_of_made_up_records_and_the_control_that_flips_them(folder):
     ]
     assert found.loc[0, ["k_a", "n_a", "k_b", "n_b"]].tolist() == [2, 100, 60, 100]
     assert found.loc[4, ["k_a", "p", "holm"]].isna().all()
+
+
+def test_claims_are_tested_in_pairs_where_every_verdict_is_kept(folder):
+    """Two lists that fail on mostly the same pictures. Control: without verdicts the same counts are no difference."""
+    for name, k in (("less", 110), ("more", 120)):
+        seen = {
+            (i % 20, (i + i // 20) % 10): int(i < k) for i in range(200)
+        }  # no prompt and no seed has them all
+        of = {
+            str(prompt): {"seeds": [*range(10)], "seen": [seen[prompt, seed] for seed in range(10)]}
+            for prompt in range(20)
+        }
+        row = records.Measurement("target", rate(k, 200), "original", "p", "hash")
+        one = records.Result("", "protocol", measurements=(row,), details={"verdicts": {"target": of}})
+        records.save(one, folder / f"{name}.json")
+        records.save(replace(one, details={}), folder / f"{name}-counted.json")
+    cells = [
+        (f"less{kept} | original | target", f"more{kept} | original | target", "lower")
+        for kept in ("", "-counted")
+    ]
+    found = claims.tested(rows(*cells), folder)
+    assert list(found["test"]) == ["pairs", "Fisher"]
+    assert list(found["difference"]) == [-0.05, -0.05]
+    assert found["p"][0] < found["p"][1]
 
 
 def test_p_is_adjusted_over_the_claims_that_are_tested(tested):

@@ -82,14 +82,24 @@ def test_canvas_of_50_and_50_prompts():
 
 
 def test_pairs_are_sharper_than_two_intervals(rng):
-    """Two edits that fail on mostly the same pictures: 60 % against 55 % of 200 do not separate, the pairs do."""
+    """Two edits that fail on mostly the same pictures: 60 % and 55 % of 200 are alike, in pairs they are not."""
     a = np.array([1] * 120 + [0] * 80)
     b = np.array([1] * 110 + [0] * 90)
     found = metrics.paired_difference(a, b, rng)
     assert found["difference"] == -0.05 and found["separates"] and found["high"] < 0
-    assert not metrics.separated(metrics.rate(120, 200), metrics.rate(110, 200))
+    assert not metrics.differ({"alone": (metrics.rate(120, 200), metrics.rate(110, 200))})["alone"]
     shuffled = metrics.paired_difference(a, rng.permutation(b), rng)  # control: pairing is what helps
     assert shuffled["high"] - shuffled["low"] > 2 * (found["high"] - found["low"])
+
+
+def test_intervals_that_touch_may_differ_and_ten_pairs_ask_for_more_than_one():
+    """7 and 18 of 50: the intervals overlap, Fisher's p is 0.02. Among ten pairs of equal rates it says nothing."""
+    touching, alike = (metrics.rate(7, 50), metrics.rate(18, 50)), (metrics.rate(9, 50), metrics.rate(9, 50))
+    assert touching[0]["high"] > touching[1]["low"]
+    assert metrics.differ({"alone": touching}) == {"alone": True}
+    assert not any(metrics.differ({"alone": touching, **dict.fromkeys("abcdefghi", alike)}).values())
+    apart = metrics.rate(0, 50), metrics.rate(50, 50)
+    assert metrics.differ({"apart": apart, "alike": alike}) == {"apart": True, "alike": False}
 
 
 def simulated(prompts: int, seeds: int, alike: float, rng) -> np.ndarray:
@@ -732,6 +742,18 @@ def test_compare_pairs_the_same_pictures(emoji, finished):
     )
 
 
+def test_what_is_erased_became_something_else_or_nothing(finished, monkeypatch):
+    """Four dogs, three cats, three pictures of nothing. Controls: a judge always sure, and one that never is."""
+    dog, cat, nothing = ({"dog": 0.4, "cat": 0.1}, {"dog": 0.1, "cat": 0.5}, {"dog": 0.3, "cat": 0.4})
+    of_dogs = iter([dog, cat, nothing] * 3 + [dog])
+    seen = [next(of_dogs) if s.prompt.role == "target" else cat for s in runs.shots(finished.protocol)]
+    monkeypatch.setattr(runs.Run, "scores", lambda run, judge: seen)
+    for bound, expected in ((0.5, (4, 3, 3)), (0.0, (4, 6, 0)), (1.1, (4, 0, 6))):
+        monkeypatch.setattr(runs, "SURE", bound)
+        found = {SEEN.name: dict(zip(runs.OUTCOMES, expected, strict=True))}  # not of what is kept
+        assert finished.outcomes() == found == finished.result().details["outcomes"]
+
+
 def test_two_attacks_of_one_protocol_are_compared_in_pairs():
     uce, trce, longer = (
         records.read(name)
@@ -747,6 +769,8 @@ def test_two_attacks_of_one_protocol_are_compared_in_pairs():
     exact = metrics.mcnemar(*[list(one.values()) for one in seen])["p"]
     assert exact <= found["p"] <= 0.05 and found["separates"]
     assert records.paired(uce, uce, "attack")["p"] == 1
+    twice = records.paired([uce, uce], [trce, trce], "attack")
+    assert (twice["n"], twice["difference"]) == (2 * found["n"], found["difference"])
     with pytest.raises(ValueError, match="2 protocols"):
         records.paired(uce, longer, "attack")
 

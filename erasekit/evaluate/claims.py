@@ -11,6 +11,7 @@ fourth part names a step or a protocol where the three fit several measurements.
 """
 
 import functools
+import itertools
 
 import pandas as pd
 
@@ -20,6 +21,7 @@ from erasekit.paths import RESULTS
 
 AGREES, DIFFERS, UNSEEN, OPEN = "agrees", "differs", "no difference seen", "not measured"
 VERDICTS = (AGREES, DIFFERS, UNSEEN, OPEN)
+PAIRED, INDEPENDENT = "pairs", "Fisher"
 LEVEL = 0.05  # of Holm's adjusted p, over all claims together
 
 
@@ -85,11 +87,23 @@ def verdict(difference: float, p: float, expected: str) -> str:
     return AGREES if (difference < 0) == (expected == "lower") else DIFFERS
 
 
+def _difference(a: str, b: str, folder) -> dict:
+    """A - B, in pairs of prompt and seed where each file keeps its verdicts, else as of independent samples."""
+    named = [parts(cells) for cells in (b, a)]
+    try:
+        (measure,) = {measure for _, _, measure, _ in itertools.chain(*named)}
+        found = records.paired(*([_read(file, folder) for file, *_ in one] for one in named), measure)
+    except ValueError:
+        return metrics.difference(*(counted(cells, folder) for cells in (a, b))) | {"test": INDEPENDENT}
+    return {key: found[key] for key in ("difference", "low", "high", "p")} | {"test": PAIRED}
+
+
 def tested(claims: pd.DataFrame | None = None, folder=RESULTS) -> pd.DataFrame:
     """Each claim with its test: the columns of `listed`, k_a, n_a, k_b, n_b, difference (of the rates, A - B), low and
-    high (95 %, Newcombe), p (Fisher), holm (adjusted over all claims that are tested) and verdict, one of `VERDICTS`.
+    high (95 %), p, test, holm (adjusted over all claims that are tested) and verdict, one of `VERDICTS`.
 
-    The samples are taken as independent (`metrics.difference`). claims: in place of `listed`.
+    test: "pairs" where the files keep every verdict (`records.paired`: prompts and seeds resampled), else "Fisher", for
+    which samples are taken as independent (`metrics.difference`). claims: in place of `listed`.
     """
     claims = listed() if claims is None else claims
     found = []
@@ -98,8 +112,9 @@ def tested(claims: pd.DataFrame | None = None, folder=RESULTS) -> pd.DataFrame:
             found.append({})
             continue
         a, b = (counted(cells, folder) for cells in (one.a, one.b))
-        found.append({"k_a": a["k"], "n_a": a["n"], "k_b": b["k"], "n_b": b["n"]} | metrics.difference(a, b))
-    columns = ["k_a", "n_a", "k_b", "n_b", "difference", "low", "high", "p"]
+        counts = {"k_a": a["k"], "n_a": a["n"], "k_b": b["k"], "n_b": b["n"]}
+        found.append(counts | _difference(one.a, one.b, folder))
+    columns = ["k_a", "n_a", "k_b", "n_b", "difference", "low", "high", "p", "test"]
     table = claims.join(pd.DataFrame(found, columns=columns, index=claims.index))
     table = table.astype(dict.fromkeys(columns[:4], "Int64"))
     measured = table["p"].notna()

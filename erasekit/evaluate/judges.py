@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from erasekit.models import quietly
 
 Record = dict[str, float] | list[dict]
+SURE = 0.5  # a name that has less of the judge's probability than all others together is not seen
 
 
 class Judge(Interface):

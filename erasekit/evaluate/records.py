@@ -165,18 +165,22 @@ def shown(value: dict) -> str:
     return f"{value['count']} in {value['n']} pictures" if "count" in value else metrics.text(value)
 
 
-def paired(a: Result, b: Result, measure: str) -> dict:
+def paired(a: Result | Sequence[Result], b: Result | Sequence[Result], measure: str) -> dict:
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
-    measure: of two attacks "raw", "attack" or "alone". ValueError for files of two protocols, and for one that does not
-    keep every picture's verdict.
+    a, b: sequences of files are taken one to one, and their pictures together. measure: of attacks "raw", "attack" or
+    "alone". ValueError for files of two protocols, and for one that does not keep every picture's verdict.
     """
-    hashes = {m.hash for one in (a, b) for m in one.measurements if m.measure == measure}
-    if len(hashes) != 1:
-        raise ValueError(f"{measure} was measured under {len(hashes)} protocols: pairs need the same one")
-    first, second = (verdicts(one, measure) for one in (a, b))
-    values = [[found[key] for key in first] for found in (first, second)]
-    return metrics.paired_difference(*values, np.random.default_rng(0), list(zip(*first, strict=True)))
+    before, after, where = [], [], []
+    for two in zip(*([one] if isinstance(one, Result) else one for one in (a, b)), strict=True):
+        hashes = {m.hash for one in two for m in one.measurements if m.measure == measure}
+        if len(hashes) != 1:
+            raise ValueError(f"{measure} was measured under {len(hashes)} protocols: pairs need the same one")
+        first, second = (verdicts(one, measure) for one in two)
+        where += first
+        before += first.values()
+        after += [second[key] for key in first]
+    return metrics.paired_difference(before, after, np.random.default_rng(0), list(zip(*where, strict=True)))
 
 
 ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.common.Attempt`, as a dict)
@@ -188,7 +192,7 @@ ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.comm
 
 def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:
     """{(prompt, seed): 0 or 1} behind a rate. ValueError where they were not kept."""
-    if measure in ATTACKED and "attempts" in one.details:
+    if measure in ATTACKED and isinstance(one.details.get("attempts"), list):
         return {(t["prompt"], t["seed"]): int(ATTACKED[measure](t)) for t in one.details["attempts"]}
     if measure not in one.details.get("verdicts", {}):
         raise ValueError(

@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from erasekit.edits import Edit, applied
 from erasekit.evaluate import metrics
-from erasekit.evaluate.judges import FEATURES, JUDGES, checked
+from erasekit.evaluate.judges import FEATURES, JUDGES, SURE, checked
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.evaluate.records import EditMade, Result, measurements, shown
 from erasekit.models import DiffusionModel
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 PIECE = 64  # pictures that are drawn, judged and written together: what a kill can cost
 RUNS = BUILD / "runs"
+OUTCOMES = ("still there", "something else", "nothing")
 
 
 @dataclass(frozen=True)
@@ -214,16 +215,15 @@ class Run:
         )
 
     def result(self, command: str = "", made: EditMade | None = None) -> Result:
-        """The measurements with all that they depend on, to be committed; in `details`, under "verdicts", every
-        picture's of the rates, so that two files can be compared in pairs (`records.paired`). made: the edit, if
-        there is one.
+        """The measurements with all that they depend on, to be committed; in `details` the `verdicts`, by which two
+        files are compared in pairs (`records.paired`), and the `outcomes`. made: the edit, if there is one.
         """
         edits = {made.label: made} if made else {}
         told = self.manifest
         return Result(
             command, "protocol", told["model"], told["vae"], told["judges"], self.protocol.erased, told["machine"],
             edits, tuple(measurements(self.measured(), self.protocol, *edits)),
-            {"versions": told["versions"], "verdicts": self.verdicts()},
+            {"versions": told["versions"], "verdicts": self.verdicts(), "outcomes": self.outcomes()},
         )  # fmt: skip
 
     def verdicts(self) -> dict[str, dict[str, dict]]:
@@ -237,6 +237,21 @@ class Run:
                 one = of.setdefault(prompt, {"seeds": [], "seen": ""})
                 one["seeds"].append(seed)
                 one["seen"] += str(int(value))
+        return found
+
+    def outcomes(self) -> dict[str, dict[str, int]]:
+        """{measure: {"still there", "something else", "nothing": pictures}} of what is erased, by a classifier's first
+        choice: where that is another label, is the judge sure of it (`judges.SURE`), or of nothing?
+        """
+        found = {}
+        for measure in self.protocol.measures:
+            if (measure.rule, measure.goal) != ("first", "low"):
+                continue
+            about = zip(shots(self.protocol), self.scores(measure.judge), strict=True)
+            sure = np.array([max(r.values()) >= SURE for s, r in about if s.prompt.role in measure.roles])
+            still = self.values(measure) == 1
+            counts = still, ~still & sure, ~still & ~sure
+            found[measure.name] = dict(zip(OUTCOMES, (int(one.sum()) for one in counts), strict=True))
         return found
 
 
