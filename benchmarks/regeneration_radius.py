@@ -31,7 +31,7 @@ from erasekit.models import DiffusionModel
 TAUS = (0.2, 0.4, 0.6, 0.8)
 PICTURES = 100  # for each distance and kind of direction
 DOG = ("uce", "rece", "rece-start", "dp", "speed", "oce", "mace", "realera")
-WEAPON = ("uce", "rece", "rece-start", "mace", "trce-text")
+WEAPON = ("uce", "rece", "rece-start", "oce", "mace", "trce-text")
 
 
 def prompt(model: DiffusionModel, name: str) -> torch.Tensor:

@@ -245,7 +245,7 @@ def shown(
             raise ValueError(
                 f"segment should give {len(prompts)} masks (n, height, width), got {tuple(masks.shape)}"
             )
-        masks = (F.interpolate(masks[:, None].float(), size)[:, 0] >= 0.5).float()
+        masks = (F.interpolate(masks[:, None].float(), size, mode="area")[:, 0] >= 0.5).float()
         masks[masks.flatten(1).amax(1) == 0] = 1  # where nothing was found, as in the code
     return Shown(latents, masks.to(model.device), prompts, marked.to(model.device))
 
