@@ -66,14 +66,14 @@ def chance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def drawn(values: list[dict], generator: np.random.Generator, draws: int = DRAWS) -> tuple[float, np.ndarray]:
-    """A number and `draws` of what it could be: of counts, added up, from Beta(k + 1/2, n - k + 1/2), as
-    `comparison.ranks`; of a mean from the normal distribution that has its interval.
+    """A number and `draws` of what it could be: of counts, added up, `metrics.posterior`; of a mean the normal
+    distribution that has its interval.
     """
     if len(values) == 1 and "mean" in values[0]:
         (one,) = values
         return one["mean"], generator.normal(one["mean"], (one["high"] - one["low"]) / (2 * 1.96), draws)
     k, n = (sum(one[key] for one in values) for key in "kn")
-    return k / n, generator.beta(k + 0.5, n - k + 0.5, draws)
+    return k / n, metrics.posterior(k, n, generator, draws)
 
 
 def ours(cells: str, generator: np.random.Generator, folder=RESULTS) -> tuple[float, np.ndarray, str]:
@@ -113,7 +113,7 @@ def compare(
     drawn_x = np.broadcast_to(x, draws.shape)
     if n is not None:
         k = np.round(np.abs(x) * n)
-        drawn_x = sign[0] * generator.beta(k + 0.5, n - k + 0.5, draws.shape)
+        drawn_x = sign[0] * metrics.posterior(k, n, generator, draws.shape)
     spread = kendall(drawn_x, draws)
     low, high = np.quantile(spread[np.isfinite(spread)], [0.025, 0.975], method="nearest")
     turned, sure = [], 0

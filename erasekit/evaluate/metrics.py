@@ -147,6 +147,11 @@ def clustered(
     return found
 
 
+def posterior(k, n, generator: np.random.Generator, size) -> np.ndarray:
+    """True rates that k of n leave possible, drawn from Beta(k + 1/2, n - k + 1/2): the posterior of Jeffreys' prior."""
+    return generator.beta(np.add(k, 0.5), np.subtract(n, k) + 0.5, size)
+
+
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> dict:
     """Exact McNemar test of paired 0/1 verdicts (n,), as {lost, gained, p}.
 

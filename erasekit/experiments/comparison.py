@@ -14,7 +14,7 @@ import pandas as pd
 
 from erasekit.emoji import data
 from erasekit.evaluate import records
-from erasekit.evaluate.metrics import rate
+from erasekit.evaluate.metrics import posterior, rate
 from erasekit.evaluate.protocols import CIFAR
 from erasekit.paths import RESULTS
 
@@ -101,14 +101,13 @@ def ranks(
 ) -> pd.DataFrame:
     """Where each method ranks by a rate, 1 the best, and how sure that is.
 
-    rates: method -> {k, n}. goal: "low" or "high", what is better. Each true rate is drawn from Beta(k + 1/2, n - k +
-    1/2), its posterior under Jeffreys' prior, `draws` times, all methods independently. Returns for each method, best
-    first, rank (mean over the draws), low and high (95 % of the draws), best (share of the draws in which it is
-    first).
+    rates: method -> {k, n}. goal: "low" or "high", what is better. Each true rate is drawn `draws` times from its
+    `metrics.posterior`, all methods independently. Returns for each method, best first, rank (mean over the draws), low
+    and high (95 % of the draws), best (share of the draws in which it is first).
     """
     names = list(rates)
     k, n = (np.array([rates[name][key] for name in names]) for key in "kn")
-    drawn = generator.beta(k + 0.5, n - k + 0.5, size=(draws, len(names)))
+    drawn = posterior(k, n, generator, (draws, len(names)))
     order = (drawn if goal == "low" else -drawn).argsort(1).argsort(1) + 1
     low, high = np.quantile(order, (0.025, 0.975), axis=0, method="nearest")
     found = {"rank": order.mean(0), "low": low, "high": high, "best": (order == 1).mean(0)}
