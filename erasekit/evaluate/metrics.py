@@ -148,7 +148,7 @@ def clustered(
 
 
 def posterior(k, n, generator: np.random.Generator, size) -> np.ndarray:
-    """True rates that k of n leave possible, drawn from Beta(k + 1/2, n - k + 1/2): the posterior of Jeffreys' prior."""
+    """True rates that k of n leave possible, drawn from Beta(k + 1/2, n - k + 1/2), Jeffreys' posterior."""
     return generator.beta(np.add(k, 0.5), np.subtract(n, k) + 0.5, size)
 
 
