@@ -118,21 +118,19 @@ def apart(erased: Sequence[Concept], preserved: Sequence[Concept]) -> None:
 
 
 def anchors(erased: Sequence[Concept], given: str | Concept | None, default: str) -> list[str]:
-    """What is drawn instead of each concept: `given`, else its own anchor, else the default; `say_what_stays`."""
+    """What is drawn instead of each concept: `given`, else its own anchor, else the default."""
     if given is None:
-        found = [default if one.anchor is None else one.anchor for one in erased]
-    else:
-        found = [given.name if isinstance(given, Concept) else given] * len(erased)
-    say_what_stays(zip((one.name for one in erased), found, strict=True))
-    return found
+        return [default if one.anchor is None else one.anchor for one in erased]
+    return [given.name if isinstance(given, Concept) else given] * len(erased)
 
 
-def say_what_stays(pairs: Iterable[tuple[str, str]]) -> None:
-    """UserWarning for concepts, each with its anchor, that are their own anchor."""
-    if same := [one for one, anchor in pairs if one.strip().lower() == anchor.strip().lower()]:
+def warn_of_itself(pairs: Iterable[tuple[Concept | str, str]]) -> None:
+    """UserWarning, at the caller of a `fit`, for concepts or phrases that are their own anchor, which stands beside."""
+    named = [(one.name if isinstance(one, Concept) else one, anchor) for one, anchor in pairs]
+    if same := [name for name, anchor in named if name.strip().lower() == anchor.strip().lower()]:
         warnings.warn(
-            f"{', '.join(dict.fromkeys(same))} stays as it is, because it is its own anchor: name another anchor",
-            stacklevel=5,
+            f"{', '.join(dict.fromkeys(same))}: its own anchor, so nothing is put in its place; name another anchor",
+            stacklevel=3,
         )
 
 

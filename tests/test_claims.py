@@ -114,7 +114,26 @@ def test_claims_are_tested_in_pairs_where_every_verdict_is_kept(folder):
     found = claims.tested(rows(*cells), folder)
     assert list(found["test"]) == ["pairs", "Fisher"]
     assert list(found["difference"]) == [-0.05, -0.05]
-    assert found["p"][0] < found["p"][1]
+    assert list(found["verdict"]) == [claims.AGREES, claims.UNSEEN]
+
+
+def test_verdicts_of_a_file_with_two_edits_are_not_paired_with_themselves(folder):
+    of = {"prompt": {"seeds": [*range(100)], "seen": "01" * 50}}
+    one = replace(records.read("one", folder), details={"verdicts": {"target": of}})
+    records.save(one, folder / "both.json")
+    found = claims.tested(rows(("both | a | target", "both | b | target", "lower")), folder).iloc[0]
+    assert (found["test"], found["difference"], found["verdict"]) == ("Fisher", -0.58, claims.AGREES)
+
+
+def test_files_of_other_pictures_are_no_pairs(folder):
+    kept = lambda seen: {"verdicts": {"target": {"prompt": {"seeds": [*range(len(seen))], "seen": seen}}}}
+    row = records.Measurement("target", rate(1, 2), "original", "p", "hash")
+    long, short = (
+        records.Result("", "protocol", measurements=(row,), details=kept(s)) for s in ("0101", "01")
+    )
+    for a, b in ((long, short), (short, long)):
+        with pytest.raises(ValueError, match="2 pictures are in one file alone"):
+            records.paired(a, b, "target")
 
 
 def test_p_is_adjusted_over_the_claims_that_are_tested(tested):

@@ -170,6 +170,11 @@ def test_masks_from_the_models_own_attention_or_from_outside(shared_model):
     outside = mace.shown(shared_model, Concept("church"), SHORT, 5, segment)
     size = shared_model.decode(own.latents[:1])[0].size
     assert outside.masks[:, :4].all() and not outside.masks[:, 4:].any() and asked == [(3, size, "church")]
+    given.zero_()
+    given[:, 6:8, 6:8] = given[:, 0, 0] = 1  # a whole pixel of the latents, and a quarter of one
+    given[1, 6:8, 6:8] = 0  # there the quarter is all that was found
+    small = mace.shown(shared_model, Concept("church"), SHORT, 5, segment).masks
+    assert [one.nonzero().tolist() for one in small] == [[[3, 3]], [[0, 0]], [[3, 3]]]
     given[1] = 0
     assert (
         mace.shown(shared_model, Concept("church"), SHORT, 5, segment).masks[1].all()

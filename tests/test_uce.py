@@ -152,7 +152,7 @@ def test_templates_and_synonyms_add_rows(shared_model):
 
 
 def test_erasing_to_itself_is_the_identity(shared_model):
-    with pytest.warns(UserWarning, match="church stays as it is, because it is its own anchor"):
+    with pytest.warns(UserWarning, match="church: its own anchor, so nothing is put in its place"):
         edit = ek.uce.fit(shared_model, "church", anchor="church")
     assert edit.context_map.rank == 0
 

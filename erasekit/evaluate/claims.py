@@ -89,12 +89,15 @@ def verdict(difference: float, p: float, expected: str) -> str:
 
 def _difference(a: str, b: str, folder) -> dict:
     """A - B, in pairs of prompt and seed where each file keeps its verdicts, else as of independent samples."""
+    independent = metrics.difference(*(counted(cells, folder) for cells in (a, b))) | {"test": INDEPENDENT}
     named = [parts(cells) for cells in (b, a)]
+    measures = {measure for _, _, measure, _ in itertools.chain(*named)}
+    if len(measures) > 1 or len(named[0]) != len(named[1]):
+        return independent
     try:
-        (measure,) = {measure for _, _, measure, _ in itertools.chain(*named)}
-        found = records.paired(*([_read(file, folder) for file, *_ in one] for one in named), measure)
-    except ValueError:
-        return metrics.difference(*(counted(cells, folder) for cells in (a, b))) | {"test": INDEPENDENT}
+        found = records.paired(*([_read(file, folder) for file, *_ in one] for one in named), *measures)
+    except records.NotKept:
+        return independent
     return {key: found[key] for key in ("difference", "low", "high", "p")} | {"test": PAIRED}
 
 

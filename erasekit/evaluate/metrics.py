@@ -61,9 +61,11 @@ def difference(a: dict, b: dict) -> dict[str, float]:
 def differ(pairs: Mapping[str, tuple[dict, dict]], level: float = 0.05) -> dict[str, bool]:
     """{name: whether a difference is seen} of pairs of rates {k, n}: `difference`'s p, Holm over the pairs.
 
-    That two intervals do not touch is no test: it asks for more than 5 % and knows nothing of the other pairs. Where
-    every verdict is kept, `records.paired` and `holm` are sharper, and know that pictures of a prompt are alike.
+    For independent samples. That two intervals do not touch is no test: it asks for more than 5 % and knows nothing of
+    the other pairs. Where every verdict is kept, `records.paired` and `holm` know that pictures of a prompt are alike.
     """
+    if not pairs:
+        return {}
     adjusted = holm([difference(a, b)["p"] for a, b in pairs.values()])
     return {name: p <= level for name, p in zip(pairs, adjusted, strict=True)}
 
@@ -94,7 +96,8 @@ def paired_difference(
     pictures of one seed share cancels: narrower than two intervals side by side. clusters: labels (n,) of each pair,
     its prompt and its seed, say; then these are resampled, see `clustered`. Where all differences of verdicts
     are one value, there is nothing to resample: as many of them may be another as Wilson's bound of 0/n allows.
-    p: twice the smaller share of resamples on one side of 0; for verdicts no smaller than exact McNemar's.
+    p: twice the smaller share of resamples on one side of 0, so at least 2 / (`RESAMPLES` + 1); for verdicts no smaller
+    than exact McNemar's.
     separates: the 95 % interval leaves out 0.
     """
     a, b = _finite(a), _finite(b)

@@ -169,14 +169,17 @@ def paired(a: Result | Sequence[Result], b: Result | Sequence[Result], measure: 
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
     a, b: sequences of files are taken one to one, and their pictures together. measure: of attacks "raw", "attack" or
-    "alone". ValueError for files of two protocols, and for one that does not keep every picture's verdict.
+    "alone". `NotKept` for a file that does not keep every picture's verdict, ValueError for two protocols or other
+    pictures.
     """
     before, after, where = [], [], []
     for two in zip(*([one] if isinstance(one, Result) else one for one in (a, b)), strict=True):
+        first, second = (verdicts(one, measure) for one in two)
         hashes = {m.hash for one in two for m in one.measurements if m.measure == measure}
         if len(hashes) != 1:
             raise ValueError(f"{measure} was measured under {len(hashes)} protocols: pairs need the same one")
-        first, second = (verdicts(one, measure) for one in two)
+        if first.keys() != second.keys():
+            raise ValueError(f"{measure}: {len(first.keys() ^ second.keys())} pictures are in one file alone")
         where += first
         before += first.values()
         after += [second[key] for key in first]
@@ -190,14 +193,18 @@ ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.comm
 }
 
 
+class NotKept(ValueError):
+    """A result file has no verdict of every picture."""
+
+
 def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:
-    """{(prompt, seed): 0 or 1} behind a rate. ValueError where they were not kept."""
+    """{(prompt, seed): 0 or 1} behind a rate. `NotKept` where they were not, or for one of several such rates."""
+    if (several := sum(m.measure == measure for m in one.measurements)) > 1:
+        raise NotKept(f"{several} measurements of {measure} in one file: its verdicts cannot be told apart")
     if measure in ATTACKED and isinstance(one.details.get("attempts"), list):
         return {(t["prompt"], t["seed"]): int(ATTACKED[measure](t)) for t in one.details["attempts"]}
     if measure not in one.details.get("verdicts", {}):
-        raise ValueError(
-            f"no verdicts of {measure} were kept: run it again, {one.command or 'as it was made'}"
-        )
+        raise NotKept(f"no verdicts of {measure} were kept: run it again, {one.command or 'as it was made'}")
     return {
         (prompt, seed): int(verdict)
         for prompt, of in one.details["verdicts"][measure].items()

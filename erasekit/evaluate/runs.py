@@ -245,11 +245,14 @@ class Run:
         """
         found = {}
         for measure in self.protocol.measures:
-            if (measure.rule, measure.goal) != ("first", "low"):
+            erased = (
+                measure.goal == "low"
+            ) != measure.negate  # or a high share of others, as UnlearnCanvas's UA
+            if measure.rule != "first" or not measure.goal or not erased:
                 continue
             about = zip(shots(self.protocol), self.scores(measure.judge), strict=True)
             sure = np.array([max(r.values()) >= SURE for s, r in about if s.prompt.role in measure.roles])
-            still = self.values(measure) == 1
+            still = self.values(measure) == (0 if measure.negate else 1)
             counts = still, ~still & sure, ~still & ~sure
             found[measure.name] = dict(zip(OUTCOMES, (int(one.sum()) for one in counts), strict=True))
         return found

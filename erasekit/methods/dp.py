@@ -43,7 +43,7 @@ from erasekit.concepts import (
 )
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
-from erasekit.settings import about, anchors, apart, asked, check, check_first_family
+from erasekit.settings import about, anchors, apart, asked, check, check_first_family, warn_of_itself
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ def fit(
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
+    warn_of_itself(zip(erased, anchors(erased, anchor, config.anchor), strict=True))
     given = rows(model, erased, preserved, anchor, config)
     context_map, told = solve(given, config)
     if callback is not None:

@@ -40,7 +40,7 @@ from erasekit.layers import attention_with_gradient, cross_attention_kv, grid_of
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
 from erasekit.sampling import ddim, denoise
-from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check
+from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check, warn_of_itself
 from erasekit.text_entries import spaces
 from erasekit.tuning import descend, discard, telling, trainee
 
@@ -245,8 +245,9 @@ def shown(
             raise ValueError(
                 f"segment should give {len(prompts)} masks (n, height, width), got {tuple(masks.shape)}"
             )
-        masks = (F.interpolate(masks[:, None].float(), size, mode="area")[:, 0] >= 0.5).float()
-        masks[masks.flatten(1).amax(1) == 0] = 1  # where nothing was found, as in the code
+        cover = F.interpolate(masks[:, None].float(), size, mode="area")[:, 0]
+        # from half a pixel on; of what is smaller its fullest pixels; all where nothing was found, as in the code
+        masks = (cover >= cover.flatten(1).amax(1).clamp(max=0.5)[:, None, None]).float()
     return Shown(latents, masks.to(model.device), prompts, marked.to(model.device))
 
 
@@ -394,6 +395,7 @@ def fit(
     if config.lora:
         model.check_drawn()
     instead = anchors(erased, anchor, config.anchor)
+    warn_of_itself(zip(erased, instead, strict=True))
     pairs = [
         (fill(template, concept.name)[0], fill(template, other)[0], fill(template, "")[0])
         for concept, other in zip(erased, instead, strict=True)

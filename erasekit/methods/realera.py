@@ -35,7 +35,7 @@ from erasekit.layers import cross_attention_kv
 from erasekit.methods import mace
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
-from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check
+from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check, warn_of_itself
 from erasekit.states import Picks, State, States
 from erasekit.text_entries import TextEntry, spaces
 from erasekit.tokens import as_text, vocabulary
@@ -528,6 +528,7 @@ def fit(
     if config.lora:
         model.check_drawn()
     instead = anchors(erased, anchor, config.anchor)
+    warn_of_itself(zip(erased, instead, strict=True))
     names, captions = retained(model, erased, preserved, config.keep_templates, null=True)
     concepts = {"erase": [one.name for one in erased], "anchor": instead, "preserve": names}
     named = dict(method="realera", config=config, concepts=concepts)

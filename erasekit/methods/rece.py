@@ -44,7 +44,7 @@ from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import uce
 from erasekit.models import DiffusionModel
-from erasekit.settings import asked
+from erasekit.settings import anchors, asked, warn_of_itself
 from erasekit.text_entries import text_entries
 from erasekit.tuning import telling
 
@@ -189,6 +189,7 @@ def fit(
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
+    warn_of_itself(zip(erased, anchors(erased, anchor, config.start.anchor), strict=True))
     about = model, erased, preserved, anchor
     if uce.one_map(model, config.start):
         given = uce.rows(*about, config.start)

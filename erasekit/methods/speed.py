@@ -50,7 +50,16 @@ from erasekit.layers import Projections, cross_attention_kv
 from erasekit.models import DiffusionModel
 from erasekit.prompt_rows import slot_rows
 from erasekit.retained import retained
-from erasekit.settings import EMOJI_CAPTIONS, about, anchors, apart, asked, check, check_first_family
+from erasekit.settings import (
+    EMOJI_CAPTIONS,
+    about,
+    anchors,
+    apart,
+    asked,
+    check,
+    check_first_family,
+    warn_of_itself,
+)
 
 
 @dataclass(frozen=True)
@@ -210,6 +219,7 @@ def fit(
     config, erased, preserved, generator = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
+    warn_of_itself(zip(erased, anchors(erased, anchor, config.anchor), strict=True))
     given, fixed = rows(model, erased, preserved, anchor, config), constraints(model, config)
     layered, delta = config.ipf or config.dpa, {}
     for step, (name, layer) in enumerate(cross_attention_kv(model.unet, config.projections).items()):

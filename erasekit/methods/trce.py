@@ -47,7 +47,7 @@ from erasekit.layers import unet_parameters
 from erasekit.models import DiffusionModel
 from erasekit.retained import retained
 from erasekit.sampling import config_of, ddim, walk
-from erasekit.settings import EMOJI_TEMPLATES, asked, check, say_what_stays
+from erasekit.settings import EMOJI_TEMPLATES, asked, check, warn_of_itself
 from erasekit.states import States, cached
 from erasekit.text_entries import spaces
 from erasekit.tuning import check_changed, descend, difference, trainee
@@ -423,7 +423,7 @@ def fit(
         model.check_drawn()
     instead = anchor.name if isinstance(anchor, Concept) else anchor
     given = pairs(erased, instead, config)
-    say_what_stays(pair for one in erased for pair in phrases(one, instead, config))
+    warn_of_itself(pair for one in erased for pair in phrases(one, instead, config))
     about = [
         replace(one, synonyms=tuple(phrase for phrase, _ in phrases(one, instead, config))) for one in erased
     ]

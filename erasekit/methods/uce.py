@@ -29,7 +29,7 @@ from erasekit.concepts import Concept, check_templates, fill
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
 from erasekit.prompt_rows import Tokens
-from erasekit.settings import EMOJI_CAPTIONS, about, anchors, apart, asked
+from erasekit.settings import EMOJI_CAPTIONS, about, anchors, apart, asked, warn_of_itself
 from erasekit.text_entries import spaces
 
 Entries = Literal["both", "sequence", "pooled"]
@@ -193,6 +193,7 @@ def fit(
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
+    warn_of_itself(zip(erased, anchors(erased, anchor, config.anchor), strict=True))
     if not one_map(model, config):
         found = entry_rows(model, erased, preserved, anchor, config)
         named = dict(method="uce", config=config, concepts=next(iter(found.values())).concepts)
