@@ -68,7 +68,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "one round": {"epochs": 1},
         "pairs of the start": {"pairs": "start"},
         "one round, pairs of the start": {"epochs": 1, "pairs": "start"},
-        "no regularizer": {"lam": 0.0},
+        "lam 1e-3": {"lam": 1e-3},  # without it, the rounds are singular
+        "lam 1": {"lam": 1.0},
         "settings of the code": {"start": replace(METHODS["uce"].PRESETS["emoji"], **CODE_2023), "epochs": 1},
     },
     "esd": {
