@@ -13,6 +13,7 @@ more than keys and values (ESD, AdvUnlearn, TRCE with both stages) and filters h
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def calibrated(model: DiffusionModel, of: Response) -> dict[str, list[dict]]:
     return found
 
 
-def finite(radius: float) -> float | None:
-    """None, where no embedding is near enough: JSON has no infinity."""
-    return None if radius == float("inf") else radius
+def finite(number: float) -> float | None:
+    """None, where no embedding is near enough or all are as near, so that there is no order: JSON has no such number."""
+    return float(number) if math.isfinite(number) else None
 
 
 def main() -> None:
@@ -133,7 +134,7 @@ def order(rows: list[dict]) -> list[dict]:
                 test = kendalltau(distances, rates, method="auto")
                 found.append({
                     "erased": concept, "from": kind, "tau": float(tau), "methods": len(here),
-                    "kendall": float(test.statistic), "p": float(test.pvalue),
+                    "kendall": finite(test.statistic), "p": finite(test.pvalue),
                 })  # fmt: skip
     return found
 
