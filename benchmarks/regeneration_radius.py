@@ -65,7 +65,7 @@ def calibrated(model: DiffusionModel, of: Response) -> dict[str, list[dict]]:
 
 
 def finite(number: float) -> float | None:
-    """None, where no embedding is near enough or all are as near, so that there is no order: JSON has no such number."""
+    """None where no embedding is near enough, or all are as near and there is no order: JSON has no such number."""
     return float(number) if math.isfinite(number) else None
 
 
