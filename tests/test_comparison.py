@@ -65,7 +65,8 @@ def test_a_protocol_has_one_hash_for_a_concept_unless_its_prompts_differ(table):
 def test_ten_objects_are_ten_cells_of_one_method_and_keep_the_counts(table):
     rows = comparison.ten_objects(table)
     assert not rows.duplicated(["method", "concept", "measure"]).any()
-    for method in ("original", "uce", "rece", "rece-start", "mace", "realera"):
+    newer = ("dp", "speed", "oce", "adavd", "semantic_surgery", "sld")
+    for method in ("original", "uce", "rece", "rece-start", "mace", "realera", *newer):
         assert set(rows[rows["method"] == method]["concept"]) == set(CIFAR)
     added = comparison.pooled(rows).set_index(["method", "measure"])
     own = rows[(rows["method"] == "rece-start") & (rows["measure"] == "Acc_g")]
