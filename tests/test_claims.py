@@ -96,9 +96,8 @@ def test_verdicts_of_made_up_records_and_the_control_that_flips_them(folder):
 def test_claims_are_tested_in_pairs_where_every_verdict_is_kept(folder):
     """Two lists that fail on mostly the same pictures. Control: without verdicts the same counts are no difference."""
     for name, k in (("less", 110), ("more", 120)):
-        seen = {
-            (i % 20, (i + i // 20) % 10): int(i < k) for i in range(200)
-        }  # no prompt and no seed has them all
+        # no prompt and no seed has all that differ
+        seen = {(i % 20, (i + i // 20) % 10): int(i < k) for i in range(200)}
         of = {
             str(prompt): {"seeds": [*range(10)], "seen": [seen[prompt, seed] for seed in range(10)]}
             for prompt in range(20)

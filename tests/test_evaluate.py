@@ -752,6 +752,10 @@ def test_what_is_erased_became_something_else_or_nothing(finished, monkeypatch):
         monkeypatch.setattr(runs, "SURE", bound)
         found = {SEEN.name: dict(zip(runs.OUTCOMES, expected, strict=True))}  # not of what is kept
         assert finished.outcomes() == found == finished.result().details["outcomes"]
+        unlike = replace(
+            SEEN, negate=True, goal="high"
+        )  # as UnlearnCanvas's UA: the same pictures, counted otherwise
+        assert finished.read_as(finished.protocol.with_measures(unlike)).outcomes() == found
 
 
 def test_two_attacks_of_one_protocol_are_compared_in_pairs():

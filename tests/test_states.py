@@ -516,6 +516,7 @@ def test_a_concept_that_is_its_own_anchor_is_said(model, method):
             module.fit(model, erase, ["house"], anchor=anchor, config=config)
         assert [one.filename for one in said if "own anchor" in str(one.message)] == [__file__]
     with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         module.fit(model, own, ["house"], anchor="castle", config=config)
     assert not any("own anchor" in str(one.message) for one in said)
 

@@ -87,17 +87,16 @@ def verdict(difference: float, p: float, expected: str) -> str:
     return AGREES if (difference < 0) == (expected == "lower") else DIFFERS
 
 
-def _difference(a: str, b: str, folder) -> dict:
-    """A - B, in pairs of prompt and seed where each file keeps its verdicts, else as of independent samples."""
-    independent = metrics.difference(*(counted(cells, folder) for cells in (a, b))) | {"test": INDEPENDENT}
+def _in_pairs(a: str, b: str, folder) -> dict | None:
+    """A - B of cells in pairs of prompt and seed; None where they give no pairs or a file keeps no verdicts."""
     named = [parts(cells) for cells in (b, a)]
     measures = {measure for _, _, measure, _ in itertools.chain(*named)}
     if len(measures) > 1 or len(named[0]) != len(named[1]):
-        return independent
+        return None
     try:
         found = records.paired(*([_read(file, folder) for file, *_ in one] for one in named), *measures)
     except records.NotKept:
-        return independent
+        return None
     return {key: found[key] for key in ("difference", "low", "high", "p")} | {"test": PAIRED}
 
 
@@ -116,7 +115,8 @@ def tested(claims: pd.DataFrame | None = None, folder=RESULTS) -> pd.DataFrame:
             continue
         a, b = (counted(cells, folder) for cells in (one.a, one.b))
         counts = {"k_a": a["k"], "n_a": a["n"], "k_b": b["k"], "n_b": b["n"]}
-        found.append(counts | _difference(one.a, one.b, folder))
+        independent = metrics.difference(a, b) | {"test": INDEPENDENT}
+        found.append(counts | (_in_pairs(one.a, one.b, folder) or independent))
     columns = ["k_a", "n_a", "k_b", "n_b", "difference", "low", "high", "p", "test"]
     table = claims.join(pd.DataFrame(found, columns=columns, index=claims.index))
     table = table.astype(dict.fromkeys(columns[:4], "Int64"))

@@ -245,14 +245,13 @@ class Run:
         """
         found = {}
         for measure in self.protocol.measures:
-            erased = (
-                measure.goal == "low"
-            ) != measure.negate  # or a high share of others, as UnlearnCanvas's UA
-            if measure.rule != "first" or not measure.goal or not erased:
+            # or a high share of others, as UnlearnCanvas's UA
+            if measure.rule != "first" or measure.goal != ("high" if measure.negate else "low"):
                 continue
             about = zip(shots(self.protocol), self.scores(measure.judge), strict=True)
-            sure = np.array([max(r.values()) >= SURE for s, r in about if s.prompt.role in measure.roles])
-            still = self.values(measure) == (0 if measure.negate else 1)
+            asked = [(shot.prompt, record) for shot, record in about if shot.prompt.role in measure.roles]
+            sure = np.array([max(record.values()) >= SURE for _, record in asked])
+            still = np.array([reading(measure, *one) for one in asked]) == (0 if measure.negate else 1)
             counts = still, ~still & sure, ~still & ~sure
             found[measure.name] = dict(zip(OUTCOMES, (int(one.sum()) for one in counts), strict=True))
         return found
