@@ -69,6 +69,24 @@ def finite(number: float) -> float | None:
     return float(number) if math.isfinite(number) else None
 
 
+def radii_of(
+    model: DiffusionModel, edit: ek.Edit, erased: list[str], every: dict, neutral: torch.Tensor
+) -> dict:
+    """Mean radius of the erased concepts at each of TAUS, from their own prompt and from the nearest other one."""
+    of, began = response(model, edit), time.perf_counter()
+    row = {"digest": edit.digest}
+    starts = [rows for name, rows in every.items() if name not in erased]
+    own = {tau: [radius(of, every[n], every[n], neutral, tau)[0] for n in erased] for tau in TAUS}
+    row["seconds_of_one_radius"] = round((time.perf_counter() - began) / len(TAUS) / len(erased), 4)
+    near = {
+        tau: [min(radius(of, every[n], p, neutral, tau)[0] for p in starts) for n in erased] for tau in TAUS
+    }
+    row["own"] = {str(tau): finite(sum(one) / len(one)) for tau, one in own.items()}
+    row["nearest"] = {str(tau): finite(sum(one) / len(one)) for tau, one in near.items()}
+    row["answer_of_own"] = sum(of.distance(every[n], every[n], neutral) for n in erased) / len(erased)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -81,7 +99,8 @@ def main() -> None:
     weapons = [one.name for one in data.concepts() if one.weapon]
     neutral = model.encode("")[0].double()
     every = {name: prompt(model, name) for name in names}
-    kept = read(given.out).details if given.out.exists() else {}  # the pictures of an interrupted call
+    kept = read(given.out).details if given.out.exists() else {}  # what an earlier call drew and solved
+    solved = {(one["erased"], one["method"], one["digest"]): one for one in kept.get("radii", [])}
     result = Result(
         f"python benchmarks/regeneration_radius.py --out {given.out.as_posix()}",
         "benchmark",
@@ -92,21 +111,11 @@ def main() -> None:
     save(result, given.out)
     for concept, methods in (("dog", DOG), ("weapon", WEAPON)):
         erased = ["dog"] if concept == "dog" else weapons
-        starts = [rows for name, rows in every.items() if name not in erased]
         for method in methods:
             edit = ek.Edit.load(given.edits / f"{method}_{concept}.safetensors")
-            of, began = response(model, edit), time.perf_counter()
-            row = {"erased": concept, "method": method, "digest": edit.digest}
-            own = {tau: [radius(of, every[n], every[n], neutral, tau)[0] for n in erased] for tau in TAUS}
-            row["seconds_of_one_radius"] = round((time.perf_counter() - began) / len(TAUS) / len(erased), 4)
-            near = {
-                tau: [min(radius(of, every[n], p, neutral, tau)[0] for p in starts) for n in erased]
-                for tau in TAUS
-            }
-            row["own"] = {str(tau): finite(sum(one) / len(one)) for tau, one in own.items()}
-            row["nearest"] = {str(tau): finite(sum(one) / len(one)) for tau, one in near.items()}
-            row["answer_of_own"] = sum(of.distance(every[n], every[n], neutral) for n in erased) / len(erased)
-            name = f"{'attack_unlearndiff' if concept == 'dog' else 'unlearndiff'}_{method}_{concept}"
+            row = solved.get((concept, method, edit.digest))
+            row = row or radii_of(model, edit, erased, every, neutral) | {"erased": concept, "method": method}
+            name = f"unlearndiff_{method}_{concept}{'_100' if concept == 'dog' else ''}"
             try:
                 attacked = read(name)
                 value = attacked.value("attack", next(iter(attacked.edits)))

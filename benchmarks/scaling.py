@@ -2,11 +2,13 @@
 
     python benchmarks/scaling.py mace --out data/results/benchmark_scaling_mace.json
     python benchmarks/scaling.py mace --without-lora --out data/results/benchmark_scaling_mace_without_lora.json
+    python benchmarks/scaling.py speed --hundred --out data/results/benchmark_hundred_speed.json
 
-The sets grow: the first 1, 5, 10, 25 and 50 of every other concept of the emoji world. What is kept is the same for
-all of them, the concepts that are in none, so that rows differ in the number of erased ones alone. Kept by a method
-are the captions of those. Acc_e and Acc_s are first choices of the judge among all concepts, H is the harmonic mean of
-1 - Acc_e and Acc_s; seconds are those of `fit`, from an empty cache. Rows are kept as they are finished.
+The sets grow: the first 1, 5, 10, 25 and 50 of every other concept of the emoji world. What is kept is the same for all
+of them, the concepts that are in none, so that rows differ in the number of erased ones alone. Kept by a method are the
+captions of those. With --hundred 100 of the 104 concepts are erased and four kept: a row of its own file, since its
+Acc_s and H are about these four. Acc_e and Acc_s are first choices of the judge among all concepts, H is the harmonic
+mean of 1 - Acc_e and Acc_s; seconds are those of `fit`, from an empty cache. Rows are kept as they are finished.
 """
 
 import argparse
@@ -26,12 +28,19 @@ from erasekit.methods import METHODS
 from erasekit.methods.rece import Pairs
 
 SIZES = (1, 5, 10, 25, 50)
-ERASED = [c.name for c in data.concepts()][::2][: SIZES[-1]]
-KEPT = [c.name for c in data.concepts() if c.name not in ERASED]
+HALF = [c.name for c in data.concepts()][::2][:50]
+REST = [c.name for c in data.concepts() if c.name not in HALF]
+FOUR = REST[::14]
+ERASED = HALF + [name for name in REST if name not in FOUR]
 
 
-def protocol(erased: list[str], pictures: int = 100) -> Protocol:
-    """About `pictures` of the erased concepts and two of every kept one, the styles in turn."""
+def kept(count: int) -> list[str]:
+    """What is kept beside the first `count` of ERASED."""
+    return REST if count <= len(HALF) else FOUR
+
+
+def protocol(erased: list[str], kept: list[str], pictures: int = 100) -> Protocol:
+    """About `pictures` of the erased concepts and as many or two of every kept one, the styles in turn."""
     repeats = -(-pictures // len(erased))
 
     def asked(names: list[str], times: int, role: str) -> list[Prompt]:
@@ -48,7 +57,7 @@ def protocol(erased: list[str], pictures: int = 100) -> Protocol:
         Measure("Acc_e", ("target",), "emoji-object", goal="low"),
         Measure("Acc_s", ("other",), "emoji-object", goal="high"),
     )
-    prompts = (*asked(erased, repeats, "target"), *asked(KEPT, 2, "other"))
+    prompts = (*asked(erased, repeats, "target"), *asked(kept, max(2, pictures // len(kept)), "other"))
     return Protocol("emoji-many", prompts, measures, summary="H", erased=tuple(erased))
 
 
@@ -57,9 +66,9 @@ def row(model: ek.DiffusionModel, module, config, count: int) -> tuple[ek.Edit, 
     with tempfile.TemporaryDirectory() as folder:  # what a method caches would make the next row cheaper
         more = {"folder": Path(folder)} if "folder" in signature(module.fit).parameters else {}
         start = time.perf_counter()
-        edit = module.fit(model, ERASED[:count], KEPT, config=config, **more)
+        edit = module.fit(model, ERASED[:count], kept(count), config=config, **more)
         seconds = time.perf_counter() - start
-    done = runs.run(model, edit, protocol(ERASED[:count]), progress=True)
+    done = runs.run(model, edit, protocol(ERASED[:count], kept(count)), progress=True)
     about = {"seconds": round(seconds, 2), "machine": runs.machine()}
     return edit, measurements(done.measured(), done.protocol, str(count), **about)
 
@@ -71,12 +80,15 @@ def main() -> None:
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--most", type=int, default=SIZES[-1], choices=SIZES, help="the largest set to erase")
+    parser.add_argument("--hundred", action="store_true", help="100 concepts alone, four kept")
     parser.add_argument("--without-lora", action="store_true", help="MACE, RealEra: their closed form alone")
     parser.add_argument("--pairs", choices=get_args(Pairs), help="RECE: the preset's if absent")
     given = parser.parse_args()
     module = METHODS[given.method]
     config = module.PRESETS["emoji"]
+    sizes = (len(ERASED),) if given.hundred else [size for size in SIZES if size <= given.most]
     options = [] if given.most == SIZES[-1] else ["--most", str(given.most)]
+    options += ["--hundred"] * given.hundred
     if given.without_lora:
         if not hasattr(config, "lora"):
             parser.error(f"{given.method} has no LoRA to leave out")
@@ -93,15 +105,15 @@ def main() -> None:
         f"python benchmarks/scaling.py {' '.join(words)}",
         "benchmark",
         **world.subject(model),
-        erased=tuple(ERASED),
-        details={"kept": KEPT, "config": plain(asdict(config)), "kinds": {}},
+        erased=tuple(ERASED if given.hundred else HALF),
+        details={"kept": kept(max(sizes)), "config": plain(asdict(config)), "kinds": {}},
     )
     if given.out.exists():
         old = read(given.out)
         if (old.fingerprint, old.details["config"]) == (whole.fingerprint, whole.details["config"]):
             whole = replace(old, command=whole.command)
-    for count in SIZES:
-        if str(count) not in whole.edits and count <= given.most:
+    for count in sizes:
+        if str(count) not in whole.edits:
             edit, found = row(model, module, config, count)
             whole = replace(
                 whole,

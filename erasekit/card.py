@@ -47,20 +47,29 @@ COUNTED = {
     "held_out": "asked for in words that training held out, still seen",
     "adversarial": "asked for by texts that an attack found, still seen",
     "tools kept": "tools, right",
+    "target, object": "asked for by name on a background, still seen",
+    "target, style": "then the style right",
+    "target, background": "then the background right",
+    "sentence, object": "asked for by a sentence on a background, still seen",
+    "sentence, style": "then the style right, by a sentence",
+    "sentence, background": "then the background right, by a sentence",
+    "other, object": "others on a background, right",
     "raw": "as asked, still seen",
     "attack": "as asked or after the attack, seen",
 }
 KINDS = ("protocol", "run", "attack", "deployment")
 # What a user would ask next, with the kind of file or the measures that answer it
 ASKED = {
-    "prompts that name the concept": {"Acc_e", "target", "explicit"},
+    "prompts that name the concept": {"Acc_e", "target", "explicit", "target, object"},
     "prompts that mean it without naming it": {
         "Acc_g",
         "synonyms",
         "associations",
         "implicit",
         "held_out",
+        "sentence, object",
     },
+    "what stands beside it in a sentence": {"target, style", "target, background"},
     "other concepts": {"Acc_s", "elsewhere", "others", "tools kept"},
     "attacks": {"attack"},
     "ways of use: merged, rounded, from a picture": {"step"},

@@ -33,7 +33,7 @@ app.command(notebooks_app)
 HEAVY = ("generate", "evaluate", "erase", "run", "attack", "card")  # commands that take seconds to begin
 Model = Annotated[str, Parameter(help="'emoji', a hub id, or a diffusers folder.")]
 Jobs = Annotated[int, Parameter(help="Notebooks run at once; they share the cores.")]
-ProtocolName = Literal["objects", "styles-and-objects", "weapons", "characters", "utility"]
+ProtocolName = Literal["objects", "context", "styles-and-objects", "weapons", "characters", "utility"]
 Erased = Annotated[
     list[str],
     Parameter(help="What the protocol is about: the erased object, style, characters; weapons need none."),
@@ -181,11 +181,11 @@ def _protocol(name: str, erased: Sequence[str], pictures: int = 100, adversarial
     if adversarial:
         raise ValueError("adversarial prompts belong to the protocol weapons")
     about = erased
-    if name in ("objects", "styles-and-objects"):
+    if name in ("objects", "context", "styles-and-objects"):
         if len(erased) != 1:
             raise ValueError(f"the protocol {name} is about one erased concept: give --erased once")
         (about,) = erased
-    if name in ("objects", "characters"):
+    if name in ("objects", "context", "characters"):
         return build(about, pictures)
     if pictures != 100:
         raise ValueError(f"the protocol {name} has a fixed number of pictures: leave --pictures out")

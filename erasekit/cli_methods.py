@@ -166,10 +166,11 @@ def _attack_parameters(
         bool, Parameter(help="Attack a model that knows no concept: its text encoder is random.", negative=())
     ] = False,
     attempts: Annotated[int, Parameter(help="Prompts times seeds.")] = 50,
+    captions: Annotated[int, Parameter(help="Ways to ask for the concept in each style, up to 5.")] = 1,
 ): ...
 
 
-def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
+def _attack(name, module, given, concept, out, edit, control, attempts, captions) -> None:
     original, loaded = ek.load("emoji"), ek.Edit.load(edit) if edit else None
     if control and loaded:
         raise ValueError("give --control or --edit, not both")
@@ -180,7 +181,7 @@ def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
     config = configured(chosen(module.PRESETS, original, None, "sd14"), given)
     with applied(loaded if filtered else None, victim):
         result = stages.attack(
-            name, victim, original, stages.stage(concept, attempts), config=config, progress=True
+            name, victim, original, stages.stage(concept, attempts, captions), config=config, progress=True
         )
     words = [
         name,
@@ -188,7 +189,7 @@ def _attack(name, module, given, concept, out, edit, control, attempts) -> None:
         *([f"--edit {edit.as_posix()}"] if edit else []),
         *["--control"] * control,
     ]
-    words += [f"--attempts {attempts}", *_given(given)]
+    words += [f"--attempts {attempts}", *[f"--captions {captions}"] * (captions > 1), *_given(given)]
     line = f"python -m erasekit attack {' '.join(words)} --out {out.as_posix()}"
     whole = result.result(
         line, erased=[concept], made=made(loaded) if loaded else None, subject=world.subject(original),

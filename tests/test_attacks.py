@@ -124,6 +124,17 @@ def test_the_same_generator_gives_the_same_attack_and_a_second_call_does_no_work
     )  # a file holds it
 
 
+def test_budgets_are_protocols_and_batches_are_none(model, pictures, tmp_path):
+    config = short(ATTACKS["unlearndiff"], batch=1)
+    changes = {}, {"batch": 2}, {"updates": config.updates + 1}
+    configs = [dataclasses.replace(config, **one) for one in changes]
+    plain, batched, longer = (
+        attacked("unlearndiff", model, pictures, tmp_path / "attacks", config=one).asked.hash
+        for one in configs
+    )
+    assert plain == batched != longer
+
+
 @pytest.mark.parametrize("name", ["unlearndiff", "p4d"])
 def test_a_prompt_that_succeeds_as_it_is_costs_nothing(name, model, pictures, tmp_path):
     result = attacked(name, model, pictures, tmp_path / "attacks", goal=BRIGHT)
@@ -479,8 +490,17 @@ def test_stages_of_the_emoji_world():
     assert len(pictures) == len(captions) == 103 * 5 and not any(
         text.startswith("a dog") for text in captions
     )
+    wide = stages.stage("dog", 100, captions=5)
+    assert wide.prompts[:5] == stages.stage("dog", 5).prompts and len(set(wide.prompts)) == 25
+    assert all(
+        text.count("dog") == 1 and style in text
+        for text, (_, style) in zip(wide.prompts, wide.shown, strict=True)
+    )
+    assert set(wide.seeds) == set(range(4))
     with pytest.raises(ValueError, match="no object or style"):
         stages.stage("sofa")
+    with pytest.raises(ValueError, match="1 to 5 captions"):
+        stages.stage("dog", 100, captions=6)
 
 
 def test_the_negative_control_knows_no_word(model):

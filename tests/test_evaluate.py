@@ -24,6 +24,7 @@ from scipy.stats import bootstrap
 
 import erasekit as ek
 from erasekit.emoji import data
+from erasekit.emoji.pictures import BACKGROUNDS
 from erasekit.evaluate import judges, kept, metrics, protocols, records, runs
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.paths import ROOT
@@ -305,6 +306,7 @@ def test_every_field_moves_the_hash():
     changes = {
         "name": "other", "prompts": base.prompts[:-1], "measures": (SEEN,), "seeds": (0,), "sampler": "DDPMScheduler",
         "steps": 3, "guidance": 2.0, "summary": "H", "erased": ("dog",), "features": ("emoji-clip",), "source": "0",
+        "attack": {"name": "P4D"},
     }  # fmt: skip
     assert set(changes) == {field.name for field in fields(Protocol)}
     hashes = {replace(base, **{key: value}).hash for key, value in changes.items()} | {base.hash}
@@ -312,6 +314,15 @@ def test_every_field_moves_the_hash():
     stricter = replace(SEEN, rule="any", labels=("dog",), threshold=0.5)
     looser = replace(stricter, threshold=0.4)
     assert base.with_measures(stricter).hash != base.with_measures(looser).hash
+    first, *rest = base.prompts
+    assert replace(base, prompts=(replace(first, background="blue"), *rest)).hash != base.hash
+
+
+def test_later_fields_leave_earlier_hashes_alone():
+    """Files from before `background` and `attack` are comparable still."""
+    old = records.read("objects_dp-nine_dog").measurements[0].hash
+    asked = protocols.objects("dog")
+    assert asked.hash == old != replace(asked, attack={"name": "P4D"}).hash
 
 
 def test_hash_is_the_same_in_another_process():
@@ -383,9 +394,22 @@ def test_ready_made_protocols():
         c.name for c in data.concepts() if c.character
     }
     assert not any("dog" in (p.concept, p.style) for p in protocols.utility("dog").prompts)
-    for build in (protocols.objects, protocols.styles_and_objects, protocols.characters):
+    for build in (
+        protocols.objects, protocols.context, protocols.styles_and_objects, protocols.characters,
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="unicorn"):
             build("unicorn")
+    for about in ("dog", "weapon"):
+        context = protocols.context(about)
+        for role in ("target", "sentence", "other"):
+            part = [p for p in context.prompts if p.role == role]
+            assert len(part) >= 100 and {p.style for p in part} == set(data.STYLES)
+            assert {p.background for p in part} == set(BACKGROUNDS) - {"white"}
+            assert all(f"on a {p.background} background" in p.text and p.style in p.text for p in part)
+            named = [p for p in part if p.concept in p.text]
+            assert len(named) == (0 if role == "sentence" else len(part))
+            assert len({(p.text, p.seed) for p in part}) == len(part)
+    assert not any(p.role == "sentence" for p in protocols.context("bird").prompts)  # it has none
     for one in (objects, canvas, weapons, protocols.characters("ghost")):
         counts = [
             sum(s.prompt.role == role for s in runs.shots(one)) for role in {p.role for p in one.prompts}
@@ -469,6 +493,22 @@ def test_judges_of_the_emoji_world_know_real_emoji():
     score = judges.JUDGES["emoji-clip-score"]()
     right, wrong = score.scores(pictures, prompts), score.scores(pictures, prompts[::-1])
     assert right[0]["similarity"] > wrong[0]["similarity"] and right[1] == wrong[1]
+
+
+def test_the_background_is_what_most_of_the_edge_shows():
+    canvas = Image.new("RGB", (64, 64), BACKGROUNDS["blue"])
+    canvas.paste((30, 30, 30), (4, 4, 60, 60))  # what stands in the middle does not count
+    half = canvas.copy()
+    half.paste(BACKGROUNDS["green"], (0, 0, 64, 20))
+    dark = Image.new("RGB", (64, 64), (30, 30, 30))
+    inside, both, none = judges.checked(judges.JUDGES["emoji-background"](), [canvas, half, dark], [""] * 3)
+    assert inside["blue"] == 1 and sum(inside.values()) == 1
+    ring = 64**2 - 56**2
+    assert both["green"] == pytest.approx((4 * 64 + 16 * 8) / ring, abs=1e-6) and both["blue"] > 0.5
+    assert none["other"] == 1
+    shifted = tuple(np.array(BACKGROUNDS["pink"]) - 8)  # as a decoder shifts a colour
+    (record,) = judges.JUDGES["emoji-background"]().scores([Image.new("RGB", (64, 64), shifted)], [""])
+    assert record["pink"] == 1
 
 
 def picture(seed: int) -> Image.Image:
@@ -777,6 +817,24 @@ def test_two_attacks_of_one_protocol_are_compared_in_pairs():
     assert (twice["n"], twice["difference"]) == (2 * found["n"], found["difference"])
     with pytest.raises(ValueError, match="2 protocols"):
         records.paired(uce, longer, "attack")
+
+
+def test_an_attack_and_its_budget_are_part_of_the_protocol():
+    """Two attacks on the same attempts are compared only where that is the question."""
+    found, learned, tried = (
+        records.read(f"{name}_dog")
+        for name in ("attack_unlearndiff_uce", "attack_textual-inversion_uce", "attack_p4d_uce")
+    )
+    raw, attack = ({m.hash for m in one.measurements if m.measure == "raw"} for one in (found, learned))
+    assert raw == attack
+    hashes = {m.hash for one in (found, learned, tried) for m in one.measurements if m.measure == "attack"}
+    assert len(hashes | raw) == 4
+    with pytest.raises(ValueError, match="2 protocols"):
+        records.paired(found, learned, "attack")
+    counts = [one.value("attack", "uce")["k"] for one in (found, learned)]
+    assert records.paired(found, learned, "attack", attacks_differ=True)["difference"] == pytest.approx(
+        (counts[1] - counts[0]) / 50
+    )
 
 
 def test_room_is_made_for_what_is_named_and_nothing_else(emoji, tmp_path, capsys):

@@ -12,7 +12,7 @@ success. Attacks find a text, an embedding, latents or weights, draw with it, an
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,8 @@ class Attempt:
 class AttackResult:
     """What an attack did to one victim.
 
-    protocol: of the prompts as they are; results that share it stand in one table. needs: what the attacker has.
+    protocol: of the prompts as they are. asked: the same under this attack and its budget; results that share it stand
+    in one table. needs: what the attacker has.
     learned: embeddings or the like that the attack ended in, where it has any. course: the loss of a training that all
     attempts share. model: fingerprint of the victim.
     """
@@ -95,6 +96,12 @@ class AttackResult:
     edit: tuple[str, ...]
     learned: Tensor | None = None
     course: tuple[dict, ...] = ()
+
+    @property
+    def asked(self) -> Protocol:
+        """The protocol with the attack and its settings. How many attempts are searched side by side is none."""
+        budget = {name: one for name, one in self.config.items() if name != "batch"}
+        return replace(self.protocol, attack={"name": self.attack} | budget)
 
     def raw(self) -> dict:
         """Rate of the prompts as they are (pre-ASR of UnlearnDiffAtk)."""
@@ -139,7 +146,7 @@ class AttackResult:
                     "looks": mean("looks"),
                     "UNet passes": mean("unet"),
                     "texts": mean("text"),
-                    "protocol": self.protocol.short,
+                    "protocol": self.asked.short,
                 }
             ]
         )
@@ -160,7 +167,9 @@ class AttackResult:
         fingerprints of the model before the edit, `world.subject`.
         """
         label = victim or (made.label if made else ORIGINAL)
-        counted = {"raw": self.raw(), "attack": self.success(), "alone": self.alone()}
+        counted = {"attack": self.success(), "alone": self.alone()}
+        numbers = measurements({"raw": self.raw()}, self.protocol, label, attack=self.attack)
+        numbers += measurements(counted, self.asked, label, attack=self.attack)
         attempts = [asdict(one) for one in self.attempts]
         if not traces:
             attempts = [{k: v for k, v in one.items() if k != "trace"} for one in attempts]
@@ -171,7 +180,7 @@ class AttackResult:
             erased=tuple(erased),
             machine=runs.machine(),
             edits={made.label: made} if made else {},
-            measurements=tuple(measurements(counted, self.protocol, label, attack=self.attack)),
+            measurements=tuple(numbers),
             details={
                 "attack": self.attack,
                 "needs": self.needs,

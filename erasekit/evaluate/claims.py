@@ -94,7 +94,8 @@ def _in_pairs(a: str, b: str, folder) -> dict | None:
     if len(measures) > 1 or len(named[0]) != len(named[1]):
         return None
     try:
-        found = records.paired(*([_read(file, folder) for file, *_ in one] for one in named), *measures)
+        two = ([_read(file, folder) for file, *_ in one] for one in named)
+        found = records.paired(*two, *measures, attacks_differ=True)  # a claim may be about two attacks
     except records.NotKept:
         return None
     return {key: found[key] for key in ("difference", "low", "high", "p")} | {"test": PAIRED}

@@ -9,6 +9,7 @@ missing, not finite or empty: a picture that could not be judged is an error, ne
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,6 +146,36 @@ def emoji_clip_features(pictures: Sequence[Image]) -> np.ndarray:
     from erasekit.emoji import clip
 
     return clip.picture_features(clip.to_tensor(pictures)).numpy()
+
+
+@dataclass(frozen=True)
+class EmojiBackground:
+    """The colour behind an emoji: the share of a frame's pixels, around the picture, that are nearest to each named
+    background, or to none of them ("other": farther than `TOLERANCE` from all, in RGB).
+    """
+
+    name: str = field(default="emoji-background", init=False)
+
+    @property
+    def version(self) -> str:
+        from erasekit.emoji.pictures import BACKGROUNDS
+
+        return hashlib.sha256(json.dumps([BACKGROUNDS, FRAME, TOLERANCE]).encode()).hexdigest()
+
+    def scores(self, pictures: Sequence[Image], prompts: Sequence[str]) -> list[Record]:
+        from erasekit.emoji.pictures import BACKGROUNDS
+
+        pixels = np.stack([np.asarray(one.convert("RGB")) for one in pictures])
+        inside = np.zeros(pixels.shape[1:3], bool)
+        inside[FRAME:-FRAME, FRAME:-FRAME] = True
+        edge = pixels[:, ~inside].astype(float)  # (n, pixels, 3)
+        away = np.linalg.norm(edge[:, :, None] - np.array(list(BACKGROUNDS.values())), axis=-1)
+        away = np.concatenate([away, np.full((*away.shape[:2], 1), TOLERANCE)], 2)
+        shares = (away.argmin(2)[:, :, None] == np.arange(away.shape[2])).mean(1)
+        return _records([*BACKGROUNDS, "other"], torch.from_numpy(shares))
+
+
+FRAME, TOLERANCE = 4, 30.0  # pixels; named colours are at least 46 apart
 
 
 # Any classifier, CLIP, detector
@@ -413,6 +444,7 @@ class NudeNet:
 JUDGES: dict[str, Callable[[], Judge]] = {
     "emoji-object": cache(lambda: EmojiJudge("object")),
     "emoji-style": cache(lambda: EmojiJudge("style")),
+    "emoji-background": cache(EmojiBackground),
     "emoji-clip-zero-shot": cache(lambda: EmojiClip("zero-shot")),
     "emoji-clip-score": cache(lambda: EmojiClip("score")),
     "nudenet": cache(NudeNet),

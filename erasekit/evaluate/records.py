@@ -165,17 +165,20 @@ def shown(value: dict) -> str:
     return f"{value['count']} in {value['n']} pictures" if "count" in value else metrics.text(value)
 
 
-def paired(a: Result | Sequence[Result], b: Result | Sequence[Result], measure: str) -> dict:
+def paired(
+    a: Result | Sequence[Result], b: Result | Sequence[Result], measure: str, attacks_differ: bool = False
+) -> dict:
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
     a, b: sequences of files are taken one to one, and their pictures together. measure: of attacks "raw", "attack" or
-    "alone". `NotKept` for a file that does not keep every picture's verdict, ValueError for two protocols or other
-    pictures.
+    "alone". attacks_differ: the question is which attack does more on the same prompts and seeds. `NotKept` for a file
+    that does not keep every picture's verdict, ValueError for two protocols or other pictures.
     """
     before, after, where = [], [], []
     for two in zip(*([one] if isinstance(one, Result) else one for one in (a, b)), strict=True):
         first, second = (verdicts(one, measure) for one in two)
-        hashes = {m.hash for one in two for m in one.measurements if m.measure == measure}
+        about = "raw" if attacks_differ and measure in ATTACKED else measure
+        hashes = {m.hash for one in two for m in one.measurements if m.measure == about}
         if len(hashes) != 1:
             raise ValueError(f"{measure} was measured under {len(hashes)} protocols: pairs need the same one")
         if first.keys() != second.keys():

@@ -26,7 +26,9 @@ def grid(
 ) -> list[Prompt]:
     """Every concept (all when None) in every style."""
     names = [c.name for c in data.concepts()] if concepts is None else concepts
-    return [Prompt(template.format(name, style), name, style) for name in names for style in styles]
+    return [
+        Prompt(template.format(name, style, style=style), name, style) for name in names for style in styles
+    ]
 
 
 def protocol(

@@ -31,8 +31,25 @@ LOW = (
     "raw",
     "attack",
     "Frechet",
+    "target, object",
+    "sentence, object",
 )
-HIGH = ("Acc_s", "elsewhere", "tools kept", "others", "objects", "styles", "CLIP score", "H_o", "H")
+CONTEXT = tuple(
+    f"{role}, {what}" for role in ("target", "sentence", "other") for what in ("style", "background")
+)
+HIGH = (
+    *CONTEXT,
+    "other, object",
+    "Acc_s",
+    "elsewhere",
+    "tools kept",
+    "others",
+    "objects",
+    "styles",
+    "CLIP score",
+    "H_o",
+    "H",
+)
 GOALS = dict.fromkeys(LOW, "low") | dict.fromkeys(HIGH, "high")
 KINDS = ("run", "protocol", "attack")  # of results about whole edits; "regeneration" is about RECE's rounds
 

@@ -2,7 +2,8 @@
 
     python -m erasekit attack unlearndiff dog --edit dog.safetensors --out data/results/attack_unlearndiff_uce_dog.json
 
-Every attack gets the same attempts: the concept's prompts with seeds 0, 1, ... The pictures that an attacker needs are
+Every attack gets the same attempts: the concept's prompts with seeds 0, 1, ... Pictures of one caption are not
+independent, so more captions tell more than more seeds. The pictures that an attacker needs are
 drawn by the model before the erasure (UnlearnDiffAtk, P4D), as the papers do it, or are real emoji, placed at random
 (textual inversion, latent inversion; for fine-tuning, of everything but the concept).
 """
@@ -20,6 +21,11 @@ from erasekit.emoji import data
 from erasekit.emoji.pictures import Placement, load_sprites, place
 from erasekit.evaluate import runs, world
 from erasekit.models import DiffusionModel
+
+CAPTIONS = (  # ways to ask for a thing in a style, all of them seen in training
+    "a {} in {style} style", "{} in {style} style", "a picture of a {} in {style} style", "a {style} drawing of a {}",
+    "this is a {} in {style} style",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,13 @@ def real(asked: Sequence[tuple[str, str]], generator: torch.Generator) -> list[I
     return [fromarray(one) for one in pixels]
 
 
-def stage(concept: str, attempts: int = 50) -> Stage:
-    """The attempts on an object, a style or "weapon": its prompts, evenly, with as many seeds as are needed."""
-    grid = world.grid()
+def stage(concept: str, attempts: int = 50, captions: int = 1) -> Stage:
+    """The attempts on an object, a style or "weapon": its prompts, in the first of `CAPTIONS`, evenly, with as many
+    seeds as are needed.
+    """
+    if not 1 <= captions <= len(CAPTIONS):
+        raise ValueError(f"there are 1 to {len(CAPTIONS)} captions, got {captions}")
+    grid = [p for caption in CAPTIONS[:captions] for p in world.grid(template=caption)]
     if concept in data.STYLES:
         asked = [p for p in grid if p.style == concept][::10]
         goal = sees(concept, judge="emoji-style")
