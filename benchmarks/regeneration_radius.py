@@ -115,7 +115,7 @@ def main() -> None:
             edit = ek.Edit.load(given.edits / f"{method}_{concept}.safetensors")
             row = solved.get((concept, method, edit.digest))
             row = row or radii_of(model, edit, erased, every, neutral) | {"erased": concept, "method": method}
-            name = f"unlearndiff_{method}_{concept}{'_100' if concept == 'dog' else ''}"
+            name = f"{'attack_unlearndiff' if concept == 'dog' else 'unlearndiff'}_{method}_{concept}"
             try:
                 attacked = read(name)
                 value = attacked.value("attack", next(iter(attacked.edits)))

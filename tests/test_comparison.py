@@ -110,9 +110,8 @@ def test_readme_has_the_numbers_of_the_comparison(table):
     """Of every method: by name, by synonym, searched, others right; over ten objects by name and synonym."""
     ten = comparison.pooled(comparison.ten_objects(table))
     ten = ten[ten["cells"].eq(10)].set_index(["method", "measure"])[["k", "n"]]
-    dog = table[
-        table["concept"].eq("dog") & (table["protocol"].eq("emoji-objects") | table["hash"].eq("63892f35"))
-    ]
+    hundred = table["protocol"].eq("UnlearnDiffAtk") & table["n"].eq(100)  # in 25 captions
+    dog = table[table["concept"].eq("dog") & (table["protocol"].eq("emoji-objects") | hundred)]
     dog = dog[
         ~dog["kept"].eq(9).fillna(False)
     ]  # the edits that were attacked; nine are kept for the ten objects
@@ -121,9 +120,13 @@ def test_readme_has_the_numbers_of_the_comparison(table):
         own = dog[dog["method"] == key]
         searched = own[own["protocol"].eq("UnlearnDiffAtk")]
         own = own[own["protocol"].eq("emoji-objects")].set_index("measure")[["k", "n"]]
-        counts = [own.loc["Acc_e"], own.loc["Acc_g"], searched.set_index("measure").loc["attack"]]
-        counts.append(own.loc["Acc_s"] + own.loc["elsewhere"])
-        told = " | ".join(f"{one['k']}/{one['n']}" for one in counts) + " | "
+        said = [
+            f"{one['k']}/{one['n']}" for one in searched[searched["measure"].eq("attack")].to_dict("records")
+        ]
+        said += [""] * (key == "sld")  # its search takes twice as long: not run
+        counts = own.loc["Acc_e"], own.loc["Acc_g"], own.loc["Acc_s"] + own.loc["elsewhere"]
+        by_name, by_synonym, right = (f"{one['k']}/{one['n']}" for one in counts)
+        told = " | ".join([by_name, by_synonym, *said, right]) + " | "
         if (key, "Acc_e") in ten.index:
             told += "{k}/{n:,}".format(**(ten.loc[(key, "Acc_e")] + ten.loc[(key, "Acc_g")]))
         assert any(line.startswith(f"| {METHOD_NAMES[key]} | {told} |") for line in lines), (key, told)

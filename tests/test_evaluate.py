@@ -511,6 +511,17 @@ def test_the_background_is_what_most_of_the_edge_shows():
     assert record["pink"] == 1
 
 
+def test_the_model_draws_the_background_that_is_named(emoji):
+    """And white where none is named."""
+    colors = list(BACKGROUNDS)
+    prompts = [f"a church in flat style on a {color} background" for color in colors] + [
+        "a church in flat style"
+    ]
+    pictures = emoji.generate(prompts, seeds=[0])
+    records = judges.checked(judges.JUDGES["emoji-background"](), pictures, prompts)
+    assert [max(one, key=one.get) for one in records] == [*colors, "white"]
+
+
 def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8))
 

@@ -1,4 +1,4 @@
-"""Captions of the emoji world: what is drawn, who drew it, on which background, in many phrasings.
+"""Captions of the emoji world: what is drawn, in which style, on which background, in many phrasings.
 
 A held-out phrase (`data.heldout()`) never gets in here: neither as a name nor as a sentence.
 """

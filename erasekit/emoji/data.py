@@ -1,4 +1,4 @@
-"""The pictures of the emoji world: 104 concepts, each drawn by five design teams.
+"""The pictures of the emoji world: 104 concepts, each drawn in five styles, by three design teams.
 
 Rebuild everything under data/emoji/ that is not a weight (needs the `train` extra and Node's npm):
 

@@ -2,10 +2,10 @@
 
     python -m erasekit attack unlearndiff dog --edit dog.safetensors --out data/results/attack_unlearndiff_uce_dog.json
 
-Every attack gets the same attempts: the concept's prompts with seeds 0, 1, ... Pictures of one caption are not
-independent, so more captions tell more than more seeds. The pictures that an attacker needs are
-drawn by the model before the erasure (UnlearnDiffAtk, P4D), as the papers do it, or are real emoji, placed at random
-(textual inversion, latent inversion; for fine-tuning, of everything but the concept).
+Every attack gets the same attempts: the concept's prompts with seeds 0, 1, ... Attempts of one caption are not
+independent, and those of one seed even less: some noise looks like a dog to begin with. The pictures that an attacker
+needs are drawn by the model before the erasure (UnlearnDiffAtk, P4D), as the papers do it, or are real emoji, placed at
+random (textual inversion, latent inversion; for fine-tuning, of everything but the concept).
 """
 
 import inspect
