@@ -15,6 +15,7 @@ more than keys and values (ESD, AdvUnlearn, TRCE with both stages) and filters h
 import argparse
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -99,16 +100,26 @@ def main() -> None:
     weapons = [one.name for one in data.concepts() if one.weapon]
     neutral = model.encode("")[0].double()
     every = {name: prompt(model, name) for name in names}
-    kept = read(given.out).details if given.out.exists() else {}  # what an earlier call drew and solved
-    solved = {(one["erased"], one["method"], one["digest"]): one for one in kept.get("radii", [])}
+    subject = world.subject(model)
+    old = read(given.out) if given.out.exists() else None  # what an earlier call drew and solved
+    kept = old.details if old and old.fingerprint == subject["fingerprint"] else {}
+    solved = {
+        (one["erased"], one["method"], one["digest"]): one
+        for one in kept.get("radii", [])
+        if [*one["own"]] == [str(tau) for tau in TAUS]
+    }
     result = Result(
         f"python benchmarks/regeneration_radius.py --out {given.out.as_posix()}",
         "benchmark",
-        **world.subject(model),
+        **subject,
         machine=machine(),
-        details={"tau": kept.get("tau") or calibrated(model, response(model, None)), "radii": []},
+        details={
+            "tau": kept.get("tau") or calibrated(model, response(model, None)),
+            "radii": list(solved.values()),
+        },
     )
     save(result, given.out)
+    rows = []
     for concept, methods in (("dog", DOG), ("weapon", WEAPON)):
         erased = ["dog"] if concept == "dog" else weapons
         for method in methods:
@@ -123,10 +134,11 @@ def main() -> None:
             except (FileNotFoundError, ValueError) as error:
                 row["attack"] = None
                 print(method, error)
-            result.details["radii"].append(row)
+            solved[concept, method, edit.digest] = row
+            rows.append(row)
             print(row, flush=True)
-            save(result, given.out)
-    result.details["order"] = order(result.details["radii"])
+            save(replace(result, details=result.details | {"radii": list(solved.values())}), given.out)
+    result.details.update(radii=rows, order=order(rows))
     save(result, given.out)
     print(result.details["order"])
 

@@ -39,8 +39,8 @@ def kept(count: int) -> list[str]:
     return REST if count <= len(HALF) else FOUR
 
 
-def protocol(erased: list[str], kept: list[str], pictures: int = 100) -> Protocol:
-    """About `pictures` of the erased concepts and as many or two of every kept one, the styles in turn."""
+def protocol(erased: list[str], others: list[str], pictures: int = 100) -> Protocol:
+    """About `pictures` of the erased concepts and as many of the others, at least two of each, the styles in turn."""
     repeats = -(-pictures // len(erased))
 
     def asked(names: list[str], times: int, role: str) -> list[Prompt]:
@@ -57,7 +57,7 @@ def protocol(erased: list[str], kept: list[str], pictures: int = 100) -> Protoco
         Measure("Acc_e", ("target",), "emoji-object", goal="low"),
         Measure("Acc_s", ("other",), "emoji-object", goal="high"),
     )
-    prompts = (*asked(erased, repeats, "target"), *asked(kept, max(2, pictures // len(kept)), "other"))
+    prompts = (*asked(erased, repeats, "target"), *asked(others, max(2, pictures // len(others)), "other"))
     return Protocol("emoji-many", prompts, measures, summary="H", erased=tuple(erased))
 
 
@@ -86,6 +86,8 @@ def main() -> None:
     given = parser.parse_args()
     module = METHODS[given.method]
     config = module.PRESETS["emoji"]
+    if given.hundred and given.most != SIZES[-1]:
+        parser.error("--hundred has one size: leave --most out")
     sizes = (len(ERASED),) if given.hundred else [size for size in SIZES if size <= given.most]
     options = [] if given.most == SIZES[-1] else ["--most", str(given.most)]
     options += ["--hundred"] * given.hundred
@@ -110,7 +112,8 @@ def main() -> None:
     )
     if given.out.exists():
         old = read(given.out)
-        if (old.fingerprint, old.details["config"]) == (whole.fingerprint, whole.details["config"]):
+        alike = lambda one: (one.fingerprint, one.details["config"], one.erased, one.details["kept"])
+        if alike(old) == alike(whole):
             whole = replace(old, command=whole.command)
     for count in sizes:
         if str(count) not in whole.edits:

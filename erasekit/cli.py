@@ -36,7 +36,10 @@ Jobs = Annotated[int, Parameter(help="Notebooks run at once; they share the core
 ProtocolName = Literal["objects", "context", "styles-and-objects", "weapons", "characters", "utility"]
 Erased = Annotated[
     list[str],
-    Parameter(help="What the protocol is about: the erased object, style, characters; weapons need none."),
+    Parameter(
+        help="What the protocol is about: the erased object, style, characters; for context an object or 'weapon'; the "
+        "protocol weapons needs none."
+    ),
 ]
 
 

@@ -25,6 +25,7 @@ from erasekit.attacks import (
     unlearndiff,
 )
 from erasekit.concepts import content_ids, token_ids
+from erasekit.emoji import captions as captions_of_training
 from erasekit.evaluate import judges, records
 from erasekit.experiments import stages
 from erasekit.layers import embedded_as, token_table
@@ -124,15 +125,18 @@ def test_the_same_generator_gives_the_same_attack_and_a_second_call_does_no_work
     )  # a file holds it
 
 
-def test_budgets_are_protocols_and_batches_are_none(model, pictures, tmp_path):
-    config = short(ATTACKS["unlearndiff"], batch=1)
-    changes = {}, {"batch": 2}, {"updates": config.updates + 1}
-    configs = [dataclasses.replace(config, **one) for one in changes]
+@pytest.mark.parametrize("name", ["unlearndiff", "textual-inversion"])
+def test_a_budget_is_part_of_the_protocol(name, model, pictures, tmp_path):
+    """How many attempts are searched at a time is none, how many pictures an update sees is one."""
+    config = short(ATTACKS[name], batch=1)
     plain, batched, longer = (
-        attacked("unlearndiff", model, pictures, tmp_path / "attacks", config=one).asked.hash
-        for one in configs
+        attacked(
+            name, model, pictures, tmp_path / "attacks", config=dataclasses.replace(config, **one)
+        ).asked.hash
+        for one in ({}, {"batch": 2}, {"updates": config.updates + 1})
     )
-    assert plain == batched != longer
+    assert plain != longer
+    assert (plain == batched) == (name == "unlearndiff")
 
 
 @pytest.mark.parametrize("name", ["unlearndiff", "p4d"])
@@ -499,8 +503,11 @@ def test_stages_of_the_emoji_world():
     assert set(wide.seeds) == set(range(4))
     with pytest.raises(ValueError, match="no object or style"):
         stages.stage("sofa")
+    assert set(stages.CAPTIONS) <= set(captions_of_training.STYLED)
     with pytest.raises(ValueError, match="1 to 5 captions"):
         stages.stage("dog", 100, captions=6)
+    with pytest.raises(ValueError, match="25 prompts"):
+        stages.stage("dog", 24, captions=5)
 
 
 def test_the_negative_control_knows_no_word(model):

@@ -61,7 +61,9 @@ def test_numbers_are_those_of_the_files(model, edit, tmp_path):
     limits = " ".join(made.limits())
     assert "Search 7 of 20 (by chance 3 of 20)" in limits
     assert "Of 2 ways of use these bring it back: averaged (29 of 30)." in limits
-    assert "Not measured: prompts that mean it without naming it." in limits
+    assert (
+        "Not measured: prompts that mean it without naming it; what stands beside it in a sentence." in limits
+    )
     assert edit.digest in made.html() and "make attacked" in made.html()
 
 

@@ -110,7 +110,9 @@ def test_readme_has_the_numbers_of_the_comparison(table):
     """Of every method: by name, by synonym, searched, others right; over ten objects by name and synonym."""
     ten = comparison.pooled(comparison.ten_objects(table))
     ten = ten[ten["cells"].eq(10)].set_index(["method", "measure"])[["k", "n"]]
-    hundred = table["protocol"].eq("UnlearnDiffAtk") & table["n"].eq(100)  # in 25 captions
+    hundred = table["hash"].eq(
+        records.read("unlearndiff_uce_dog_100").protocol("attack", "uce").partition("-")[2]
+    )
     dog = table[table["concept"].eq("dog") & (table["protocol"].eq("emoji-objects") | hundred)]
     dog = dog[
         ~dog["kept"].eq(9).fillna(False)

@@ -399,6 +399,8 @@ def test_ready_made_protocols():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="unicorn"):
             build("unicorn")
+    with pytest.raises(ValueError, match="at least one picture"):
+        protocols.context("dog", 0)
     for about in ("dog", "weapon"):
         context = protocols.context(about)
         for role in ("target", "sentence", "other"):
@@ -846,6 +848,9 @@ def test_an_attack_and_its_budget_are_part_of_the_protocol():
     assert records.paired(found, learned, "attack", attacks_differ=True)["difference"] == pytest.approx(
         (counts[1] - counts[0]) / 50
     )
+    longer = replace(found, measurements=tuple(replace(m, hash=m.hash[::-1]) for m in found.measurements))
+    with pytest.raises(ValueError, match="2 protocols"):  # one attack with another budget
+        records.paired(found, longer, "attack", attacks_differ=True)
 
 
 def test_room_is_made_for_what_is_named_and_nothing_else(emoji, tmp_path, capsys):

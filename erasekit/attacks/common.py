@@ -12,7 +12,7 @@ success. Attacks find a text, an embedding, latents or weights, draw with it, an
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,11 @@ from erasekit.tokens import embed, fits, layout
 from erasekit.tuning import digest
 
 FOLDER = BUILD / "attacks"
+
+
+def side_by_side(attempts: int):
+    """A Config's field for how many attempts are searched at a time: it is no part of the budget."""
+    return field(default=attempts, metadata={"budget": False})
 
 
 def sees(*labels: str, judge: str = "emoji-object") -> Measure:
@@ -82,7 +87,7 @@ class AttackResult:
     """What an attack did to one victim.
 
     protocol: of the prompts as they are. asked: the same under this attack and its budget; results that share it stand
-    in one table. needs: what the attacker has.
+    in one table. config: all settings; budget: those on which success depends. needs: what the attacker has.
     learned: embeddings or the like that the attack ended in, where it has any. course: the loss of a training that all
     attempts share. model: fingerprint of the victim.
     """
@@ -94,14 +99,14 @@ class AttackResult:
     attempts: tuple[Attempt, ...]
     model: str
     edit: tuple[str, ...]
+    budget: dict
     learned: Tensor | None = None
     course: tuple[dict, ...] = ()
 
     @property
     def asked(self) -> Protocol:
-        """The protocol with the attack and its settings. How many attempts are searched side by side is none."""
-        budget = {name: one for name, one in self.config.items() if name != "batch"}
-        return replace(self.protocol, attack={"name": self.attack} | budget)
+        """The protocol with the attack and its budget."""
+        return replace(self.protocol, attack={"name": self.attack} | self.budget)
 
     def raw(self) -> dict:
         """Rate of the prompts as they are (pre-ASR of UnlearnDiffAtk)."""
@@ -292,14 +297,17 @@ class Setting:
             Attempt(shot.prompt.text, shot.seed, raw, **{**record, "trace": tuple(record.get("trace", ()))})
             for shot, raw, record in zip(self.shots, self.raw, records, strict=True)
         )
+        config = json.loads(json.dumps(asdict(self.config), default=str))
+        free = {one.name for one in fields(self.config) if not one.metadata.get("budget", True)}
         return AttackResult(
             self.attack,
             self.needs,
             self.protocol,
-            json.loads(json.dumps(asdict(self.config), default=str)),
+            config,
             attempts,
             self.model.fingerprint(),
             tuple(self.model.edits_in_force()),
+            {name: one for name, one in config.items() if name not in free},
             learned,
             tuple(course),
         )

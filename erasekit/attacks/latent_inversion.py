@@ -37,7 +37,7 @@ class Config:
     """
 
     iterations: int = 3
-    batch: int = 16
+    batch: int = common.side_by_side(16)
     steps: int = 50
     guidance: float = 7.5
 

@@ -44,7 +44,7 @@ class Config:
     top: int = 256
     candidates: int = 512
     stable: bool = False
-    batch: int = 1
+    batch: int = common.side_by_side(1)
     steps: int = 50
     guidance: float = 7.5
 

@@ -54,7 +54,7 @@ class Config:
     alpha: float = 0.1
     weight_decay: float = 0.1
     stable: bool = False
-    batch: int = 16
+    batch: int = common.side_by_side(16)
     steps: int = 50
     guidance: float = 7.5
 

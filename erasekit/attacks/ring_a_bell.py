@@ -45,7 +45,7 @@ class Config:
     mutation: float = 0.25
     faithful: bool = False
     stable: bool = False
-    batch: int = 1
+    batch: int = common.side_by_side(1)
     steps: int = 50
     guidance: float = 7.5
 

@@ -231,10 +231,12 @@ def context(erased: str, pictures: int = 100) -> Protocol:
 
     A class of the ten, or "weapon", is erased, and asked for in a style on a coloured background. Roles: target (by
     name), sentence (sentences that do not name it, seen in training, where there are any) and other (the other nine
-    classes, or harmless tools), about `pictures` of each. Of each: the object by first choice (low for what is
+    classes, or harmless tools), at least `pictures` of each. Of each: the object by first choice (low for what is
     erased), the style, and the background by most of the picture's edge.
     """
     (erased,) = _known(erased, (*CIFAR, "weapon"), "class, nor weapon,")
+    if pictures < 1:
+        raise ValueError(f"at least one picture of each kind is needed, got {pictures}")
     if erased == "weapon":
         named, others = [c.name for c in data.concepts() if c.weapon], TOOLS
     else:
@@ -268,7 +270,7 @@ def context(erased: str, pictures: int = 100) -> Protocol:
 
 
 def _spread(prompts: Sequence[Prompt], every: int) -> list[Prompt]:
-    """One of `every` neighbouring prompts, the next but one of the next, so that all styles and colours occur."""
+    """One of `every` prompts in a row, one place later each time, so that all styles and colours occur."""
     return [p for i, p in enumerate(prompts) if i % every == (i // every) % every]
 
 

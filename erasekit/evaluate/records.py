@@ -171,16 +171,18 @@ def paired(
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
     a, b: sequences of files are taken one to one, and their pictures together. measure: of attacks "raw", "attack" or
-    "alone". attacks_differ: the question is which attack does more on the same prompts and seeds. `NotKept` for a file
-    that does not keep every picture's verdict, ValueError for two protocols or other pictures.
+    "alone". attacks_differ: two attacks are compared on the same prompts and seeds; of one attack the budgets must
+    agree still. `NotKept` for a file that does not keep every picture's verdict, ValueError for two protocols or other
+    pictures.
     """
     before, after, where = [], [], []
     for two in zip(*([one] if isinstance(one, Result) else one for one in (a, b)), strict=True):
         first, second = (verdicts(one, measure) for one in two)
-        about = "raw" if attacks_differ and measure in ATTACKED else measure
+        unlike = attacks_differ and len({one.details.get("attack") for one in two}) == 2
+        about = "raw" if unlike else measure
         hashes = {m.hash for one in two for m in one.measurements if m.measure == about}
         if len(hashes) != 1:
-            raise ValueError(f"{measure} was measured under {len(hashes)} protocols: pairs need the same one")
+            raise ValueError(f"{about} was measured under {len(hashes)} protocols: pairs need the same one")
         if first.keys() != second.keys():
             raise ValueError(f"{measure}: {len(first.keys() ^ second.keys())} pictures are in one file alone")
         where += first

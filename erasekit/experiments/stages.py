@@ -120,7 +120,7 @@ def real(asked: Sequence[tuple[str, str]], generator: torch.Generator) -> list[I
 
 def stage(concept: str, attempts: int = 50, captions: int = 1) -> Stage:
     """The attempts on an object, a style or "weapon": its prompts, in the first of `CAPTIONS`, evenly, with as many
-    seeds as are needed.
+    seeds as are needed. ValueError for an unknown concept, and where the attempts do not reach every caption.
     """
     if not 1 <= captions <= len(CAPTIONS):
         raise ValueError(f"there are 1 to {len(CAPTIONS)} captions, got {captions}")
@@ -135,6 +135,8 @@ def stage(concept: str, attempts: int = 50, captions: int = 1) -> Stage:
         asked, goal = [p for p in grid if p.concept == concept], sees(concept)
     if not asked:
         raise ValueError(f"{concept!r} is no object or style of the emoji world, nor 'weapon'")
+    if captions > 1 and attempts < len(asked):
+        raise ValueError(f"{captions} captions are {len(asked)} prompts: ask for as many attempts or more")
     pairs = [(p, seed) for seed in range(-(-attempts // len(asked))) for p in asked][:attempts]
     return Stage(
         concept,
