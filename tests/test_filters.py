@@ -431,7 +431,7 @@ def test_the_command_line_attacks_a_model_with_the_filter_on(quiet, kind, tmp_pa
     with pytest.raises(InterruptedError):
         out = tmp_path / "result.json"
         cli_methods._attack(
-            "unlearndiff", unlearndiff, {}, "church", out, tmp_path / "filter.safetensors", False, 2
+            "unlearndiff", unlearndiff, {}, "church", out, tmp_path / "filter.safetensors", False, 2, 1
         )
     assert seen == [[edit.digest], [], True]
 
