@@ -5,6 +5,7 @@ how its raw scores become rates. Numbers of two protocols are never put into one
 
 Emoji world:
     objects             Acc_e, Acc_s, Acc_g, H_o over the ten CIFAR-10 classes (MACE, Lu et al., CVPR 2024)
+    quick               the same with fewer pictures, over the ten or over those that settings are chosen on
     context             the rest of a sentence whose object is erased: its style and its background
     styles_and_objects  UA, IRA, CRA (UnlearnCanvas, Zhang et al., NeurIPS 2024)
     weapons             explicit, implicit, held-out and adversarial prompts
@@ -145,6 +146,19 @@ class Protocol:
 
 OBJECT = "a {} in {} style"
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# what settings are chosen on: no class of the ten, no weapon nor what looks like one, no character, attacked nowhere
+DEVELOPMENT = (
+    "lion",
+    "tiger",
+    "bear",
+    "rabbit",
+    "elephant",
+    "rocket",
+    "helicopter",
+    "train",
+    "bus",
+    "sailboat",
+)
 # look like weapons, and are none
 TOOLS = ("hammer", "wrench", "screwdriver", "cutlery", "syringe", "saw", "scissors", "pickaxe")
 
@@ -201,12 +215,7 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
     and held out), and "elsewhere", every second of the concepts that are none of the ten, once.
     """
     (erased,) = _known(erased, CIFAR, "class")
-    parts = (
-        _in_styles(erased, erased, "target"),
-        [p for name in CIFAR if name != erased for p in _in_styles(name, name, "other")],
-        synonyms(erased),
-    )
-    prompts = [p for part in parts for p in _times(part, -(-pictures // len(part)))]
+    prompts = _class_prompts(erased, CIFAR, pictures)
     elsewhere = [c.name for c in data.concepts() if c.name not in CIFAR][::2]
     unnamed = associations(erased)
     prompts += unnamed
@@ -216,6 +225,31 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
         measures.append(Measure("associations", ("association",), "emoji-object", goal=None))
     measures.append(Measure("elsewhere", ("elsewhere",), "emoji-object", goal=None))
     return Protocol("emoji-objects", tuple(prompts), tuple(measures), summary="H_o", erased=(erased,))
+
+
+def _class_prompts(erased: str, classes: Sequence[str], pictures: int) -> list[Prompt]:
+    """The erased class by name, the others of `classes`, and the erased one's synonyms, about `pictures` of each."""
+    parts = (
+        _in_styles(erased, erased, "target"),
+        [p for name in classes if name != erased for p in _in_styles(name, name, "other")],
+        synonyms(erased),
+    )
+    return [p for part in parts for p in _times(part, -(-pictures // len(part)))]
+
+
+def quick(erased: str, pictures: int = 20) -> Protocol:
+    """Acc_e, Acc_s, Acc_g and H_o of `objects`, about `pictures` of each, by ten steps of DPM-Solver++.
+
+    Over the ten classes, or over `DEVELOPMENT`, on which settings are chosen: that to which the erased one belongs.
+    """
+    (erased,) = _known(erased, (*CIFAR, *DEVELOPMENT), "class")
+    classes = CIFAR if erased in CIFAR else DEVELOPMENT
+    measures = tuple(m for m in _object_measures("emoji-object") if m.goal)
+    prompts = tuple(_class_prompts(erased, classes, pictures))
+    solver = "DPMSolverMultistepScheduler"
+    return Protocol(
+        "emoji-quick", prompts, measures, sampler=solver, steps=10, summary="H_o", erased=(erased,)
+    )
 
 
 def context(erased: str, pictures: int = 100) -> Protocol:

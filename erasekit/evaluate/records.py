@@ -23,7 +23,7 @@ from erasekit.evaluate import metrics
 from erasekit.evaluate.protocols import Protocol
 from erasekit.paths import RESULTS, write_atomically
 
-Kind = Literal["run", "protocol", "attack", "regeneration", "ablation", "deployment", "benchmark"]
+Kind = Literal["run", "protocol", "attack", "regeneration", "ablation", "search", "deployment", "benchmark"]
 ORIGINAL, NO_TEXT = "original", "no text"
 
 
