@@ -167,10 +167,13 @@ def _attack_parameters(
     ] = False,
     attempts: Annotated[int, Parameter(help="Prompts times seeds.")] = 50,
     captions: Annotated[int, Parameter(help="Ways to ask for the concept in each style, up to 5.")] = 1,
+    own_seeds: Annotated[
+        bool, Parameter(help="Every attempt has a seed of its own, none shared by prompts.", negative=())
+    ] = False,
 ): ...
 
 
-def _attack(name, module, given, concept, out, edit, control, attempts, captions) -> None:
+def _attack(name, module, given, concept, out, edit, control, attempts, captions, own_seeds) -> None:
     original, loaded = ek.load("emoji"), ek.Edit.load(edit) if edit else None
     if control and loaded:
         raise ValueError("give --control or --edit, not both")
@@ -181,15 +184,17 @@ def _attack(name, module, given, concept, out, edit, control, attempts, captions
     config = configured(chosen(module.PRESETS, original, None, "sd14"), given)
     with applied(loaded if filtered else None, victim):
         result = stages.attack(
-            name, victim, original, stages.stage(concept, attempts, captions), config=config, progress=True
-        )
+            name, victim, original, stages.stage(concept, attempts, captions, own_seeds),
+            config=config, progress=True,
+        )  # fmt: skip
     words = [
         name,
         json.dumps(concept),
         *([f"--edit {edit.as_posix()}"] if edit else []),
         *["--control"] * control,
     ]
-    words += [f"--attempts {attempts}", *[f"--captions {captions}"] * (captions > 1), *_given(given)]
+    words += [f"--attempts {attempts}", *[f"--captions {captions}"] * (captions > 1)]
+    words += [*["--own-seeds"] * own_seeds, *_given(given)]
     line = f"python -m erasekit attack {' '.join(words)} --out {out.as_posix()}"
     whole = result.result(
         line, erased=[concept], made=made(loaded) if loaded else None, subject=world.subject(original),

@@ -501,6 +501,8 @@ def test_stages_of_the_emoji_world():
         for text, (_, style) in zip(wide.prompts, wide.shown, strict=True)
     )
     assert set(wide.seeds) == set(range(4))
+    own = stages.stage("dog", 100, captions=5, own_seeds=True)
+    assert own.prompts == wide.prompts and own.seeds == tuple(range(100))
     with pytest.raises(ValueError, match="no object or style"):
         stages.stage("sofa")
     assert set(stages.CAPTIONS) <= set(captions_of_training.STYLED)

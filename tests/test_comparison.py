@@ -26,7 +26,7 @@ def test_every_result_of_an_edit_is_in_the_table_but_courses_and_searches(table)
         name.removesuffix(".json") for name in table["file"]
     }
     kinds = {stem: records.read(stem).kind for stem in left if not stem.startswith("base_")}
-    assert set(kinds.values()) == {"ablation", "benchmark", "deployment", "regeneration"}
+    assert set(kinds.values()) == {"ablation", "benchmark", "deployment", "regeneration", "search"}
 
 
 def test_one_method_one_protocol_one_measure_one_row(table):

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from dataclasses import asdict, replace
-from itertools import product
 
+import numpy as np
 import pytest
 
 from erasekit.emoji import data
-from erasekit.evaluate import protocols, records
+from erasekit.evaluate import protocols, records, runs
 from erasekit.evaluate.metrics import rate
 from erasekit.evaluate.protocols import CIFAR, DEVELOPMENT
 from erasekit.experiments import search
@@ -19,37 +19,67 @@ FILES = {path.stem: records.read(path) for path in sorted(RESULTS.glob("search_*
 
 
 def test_nothing_that_a_table_is_about_is_searched_on():
+    """Erased alone in no file of another kind; benchmarks erase up to a hundred concepts at once."""
     harmful = {c.name for c in data.concepts() if c.weapon or c.group == "characters"}
     assert not {*DEVELOPMENT} & {*CIFAR, *protocols.TOOLS, *harmful} and {*search.ERASED} <= {*DEVELOPMENT}
-    measured = {name for one in records.all_of("run", "protocol", "attack").values() for name in one.erased}
-    assert not measured & {*DEVELOPMENT} and measured > {*CIFAR}
+    kinds = ("run", "protocol", "attack", "regeneration", "ablation", "deployment")
+    measured = {name for one in records.all_of(*kinds).values() for name in one.erased}
+    assert not measured & {*DEVELOPMENT} and measured > {*CIFAR, "rocket"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_same_budget_and_its_preset_first(method):
-    base = METHODS[method].PRESETS["emoji"]
-    configs = [replace(base, **changes) for changes in search.SEARCHED[method].values()]
-    assert configs[0] == base and len(set(map(repr, configs))) == len(configs) == 6
-    assert search.SEARCHED.keys() == METHODS.keys()
-    labels = Counter(label for label, *_ in search.asked(method))
+    base, settings = METHODS[method].PRESETS["emoji"], search.SEARCHED[method]
+    configs = [replace(base, **changes) for changes in settings.values()]
+    assert list(settings)[0] == "preset" and configs[0] == base
+    assert len(set(map(repr, configs))) == len(configs) == 6 and search.SEARCHED.keys() == METHODS.keys()
+    labels = Counter(trial.label for trial in search.trials(method))
     assert len(labels) == 6 * len(search.ERASED) and {*labels.values()} == {1}
 
 
+@pytest.mark.parametrize(
+    "method, setting, preset, but",
+    [
+        ("speed", "of the authors", "sd14-object", ()),
+        ("oce", "of the authors", "sd14-object", ()),
+        ("adavd", "of the authors", "sd14-object", ()),
+        ("semantic_surgery", "of the authors", "sd14-object", ()),
+        ("safree", "of the authors", "sd14-object", ()),
+        ("sld", "medium of the authors", "sd14-medium", ("delta",)),
+        ("sld", "strong of the authors", "sd14-strong", ("delta",)),
+        ("sld", "max of the authors", "sd14-max", ()),
+        ("uce", "of the authors", "sd14-object", ()),
+        ("esd", "of the authors, 2025", "sd14-2025", ()),
+        ("mace", "of the authors, captions ours", "sd14-object", ("squared", *search.OWN_CAPTIONS)),
+        ("trce", "of the authors, captions ours, fewer ways", "sd14-object",
+         ("noises", "calm", *search.OWN_CAPTIONS)),
+    ],
+)  # fmt: skip
+def test_a_setting_of_the_authors_is_theirs(method, setting, preset, but):
+    module = METHODS[method]
+    tried = asdict(replace(module.PRESETS["emoji"], **search.SEARCHED[method][setting]))
+    theirs = asdict(module.PRESETS[preset])
+    assert {name for name in theirs if tried[name] != theirs[name]} <= {*but}
+    assert tried != asdict(module.PRESETS["emoji"])  # the control
+
+
 def test_what_the_paper_is_about_is_no_setting():
-    """H_o sees no attack: a search over these by it would choose none."""
-    assert not any("attack_steps" in changes for changes in search.SEARCHED["advunlearn"].values())
-    assert all(changes.get("epochs", 3) > 0 for changes in search.SEARCHED["rece"].values())
+    """H_o sees no attack: a search over these by it would choose none. RECE's authors make one round on objects."""
+    attacker = {"attack_steps", "k", "alpha", "rule", "placement", "start"}
+    assert not any(attacker & changes.keys() for changes in search.SEARCHED["advunlearn"].values())
+    assert {name for name, changes in search.SEARCHED["rece"].items() if "epochs" in changes} == {
+        "of the authors"
+    }
+    steps = protocols.quick("lion").steps
+    assert all(changes.get("delta", 0) < steps / 4 for changes in search.SEARCHED["sld"].values())
 
 
 def test_the_quick_protocol_asks_as_the_object_protocol_does():
-    for erased, classes in (("dog", CIFAR), ("rocket", DEVELOPMENT)):
+    for erased, classes, synonyms in (("dog", CIFAR, 25), ("bus", DEVELOPMENT, 20)):
         quick = protocols.quick(erased)
         assert {p.concept for p in quick.prompts} == {*classes}
-        assert Counter(p.role for p in quick.prompts) == {
-            "target": 20,
-            "other": 45,
-            "synonym": 20 if erased == "rocket" else 25,
-        }
+        assert Counter(p.role for p in quick.prompts) == {"target": 20, "other": 45, "synonym": synonyms}
+        assert sorted(p.seed for p in quick.prompts) == list(range(len(quick.prompts)))
     own, whole = protocols.quick("dog"), protocols.objects("dog")
     assert {(p.text, p.role) for p in own.prompts} < {(p.text, p.role) for p in whole.prompts}
     assert {m.name for m in own.measures} == {"Acc_e", "Acc_s", "Acc_g"} and own.summary == "H_o"
@@ -57,76 +87,122 @@ def test_the_quick_protocol_asks_as_the_object_protocol_does():
         protocols.quick("church")
 
 
-def made_up(verdicts: dict[str, tuple[str, str, str]], h: dict[str, float]) -> records.Result:
-    """A file whose settings have these verdicts of Acc_e, Acc_s and Acc_g on each of two classes."""
-    edits, rows, seen = {}, [], {}
-    for (setting, of), one in product(verdicts.items(), search.ERASED):
-        label = f"{setting}, {one}"
-        edits[label] = records.EditMade("uce", "", {}, (one,))
-        told = dict(zip(search.RATES, of, strict=True))
-        values = {name: rate(text.count("1"), len(text)) for name, text in told.items()}
-        values["H_o"] = {"harmonic_mean": h[setting]}
-        rows += records.measurements(values, protocols.quick(one), label, seconds=1.0)
-        seen[label] = {
-            name: {f"{one} {name} {i}": {"seeds": [0], "seen": bit} for i, bit in enumerate(text)}
-            for name, text in told.items()
-        }
-    return records.Result("", "search", edits=edits, measurements=tuple(rows), details={"verdicts": seen})
+ROLES = {"target": "Acc_e", "other": "Acc_s", "synonym": "Acc_g"}
+
+
+def made_up(seen, settings=("preset", "another"), rule=True) -> records.Result:
+    """A file of two classes with the real prompts. seen(setting, class, role, i): whether the judge sees what picture
+    i of the role asks for.
+    """
+    edits, rows, kept = {}, [], {}
+    for setting in settings:
+        for one in search.ERASED:
+            asked, label = protocols.quick(one), f"{setting}, {one}"
+            edits[label] = records.EditMade("uce", "", {}, (one,))
+            verdicts = {name: {} for name in ROLES.values()}
+            count = Counter()
+            for shot in runs.shots(asked):
+                role = shot.prompt.role
+                of = verdicts[ROLES[role]].setdefault(shot.prompt.text, {"seeds": [], "seen": ""})
+                of["seeds"].append(shot.seed)
+                of["seen"] += str(int(seen(setting, one, role, count[role])))
+                count[role] += 1
+            bits = {name: "".join(one["seen"] for one in of.values()) for name, of in verdicts.items()}
+            values = {name: rate(text.count("1"), len(text)) for name, text in bits.items()}
+            good = [values["Acc_s"]["rate"], 1 - values["Acc_e"]["rate"], 1 - values["Acc_g"]["rate"]]
+            rows += records.measurements(
+                values | {"H_o": {"harmonic_mean": float(np.prod(good))}}, asked, label
+            )
+            kept[label] = verdicts
+    details = {"verdicts": kept} | ({"rule": search.RULE} if rule else {})
+    return records.Result("COMMAND", "search", edits=edits, measurements=tuple(rows), details=details)
 
 
 def test_the_rule_chooses_and_pairs_say_whether_it_is_told():
-    bad, good, alike = (
-        ("1" * 20, "1" * 20, "1" * 20),
-        ("0" * 20, "1" * 20, "0" * 20),
-        ("1" * 20, "1" * 20, "1" * 19 + "0"),
+    """By name nothing is left after both; by synonym the preset leaves all, and a third setting one less."""
+    seen = lambda setting, one, role, i: (
+        role == "other" or role == "synonym" and (setting == "preset" or setting == "luck" and i > 0)
     )
-    found = search.table(
-        made_up({"preset": bad, "better": good, "luck": alike}, {"preset": 0.0, "better": 1.0, "luck": 0.0})
-    )
+    found = search.table(made_up(seen, ("preset", "better", "luck")))
     assert found["setting"].tolist() == ["preset", "better", "luck"]
     assert found["chosen"].tolist() == [False, True, False]
-    assert found["right"].tolist() == [40, 120, 42] and set(found["pictures"]) == {120}
-    assert found["difference"].tolist() == pytest.approx([0, 80 / 120, 2 / 120], abs=1e-4)
-    assert found["p"][1] < 0.01 < 0.05 < found["p"][2]
-    assert found["Acc_e"][1] == rate(0, 40) and found["Acc_s"][0] == rate(40, 40)
+    assert (
+        found["Acc_s"][0] == rate(90, 90)
+        and found["Acc_e"][0] == rate(0, 40)
+        and found["Acc_g"][0] == rate(40, 40)
+    )
+    assert found["right"].tolist() == pytest.approx([2 / 3, 1, 2 / 3 + 0.05 / 3])
+    assert found["difference"][1:].tolist() == pytest.approx([1 / 3, 0.05 / 3], abs=1e-4)
+    assert np.isnan(found["p"][0]) and found["p"][1] < 0.01 < 0.05 < found["p"][2]
+
+
+@pytest.mark.parametrize("lost", search.ERASED)
+def test_what_is_lost_of_one_class_is_seen(lost):
+    """The other classes' prompts are the same for both erased ones, and are counted for each."""
+    seen = lambda setting, one, role, i: role == "other" and not (setting == "another" and one == lost)
+    found = search.table(made_up(seen))
+    assert found["difference"][1] == pytest.approx(-1 / 6, abs=1e-4) and found["p"][1] < 0.01
+    assert found["Acc_s"][1] == rate(45, 90) and found["chosen"].tolist() == [True, False]
 
 
 def test_of_equals_the_first_is_chosen():
-    same = ("0" * 5, "1" * 5, "0" * 5)
-    found = search.table(made_up({"preset": same, "other": same}, {"preset": 0.9, "other": 0.9}))
+    found = search.table(made_up(lambda setting, one, role, i: role == "other"))
     assert found["chosen"].tolist() == [True, False] and found["p"][1] == 1
 
 
-def test_a_search_goes_on(tmp_path, monkeypatch):
-    done = []
+def test_where_nothing_is_searched_nothing_is_chosen():
+    good = lambda setting, one, role, i: role == "other"
+    alone = search.table(made_up(good, ("preset",), rule=False))
+    assert "chosen" not in alone and alone["H_o"].tolist() == [1]
+    whole = made_up(good)
+    part = replace(whole, edits={k: v for k, v in whole.edits.items() if k != "another, bus"})
+    with pytest.raises(ValueError, match="not measured: another, bus. Run it again, it goes on: COMMAND"):
+        search.table(part)
 
-    def measured(model, method, label, config, seed, protocol):
-        done.append(label)
-        if len(done) == 3:
+
+def test_a_search_goes_on(tmp_path, monkeypatch):
+    done, limit = [], 3
+
+    def measured(model, method, trial, training):
+        if len(done) == limit:
             raise KeyboardInterrupt
-        told = records.plain(asdict(config))
+        done.append(trial.label)
+        told = records.plain(asdict(trial.config))
         values = {name: rate(1, 2) for name in search.RATES} | {"H_o": {"harmonic_mean": 0.5}}
-        rows = records.measurements(values, protocol, label, seconds=1.0)
-        return records.EditMade(method, "", told, protocol.erased), rows, {}
+        made = records.EditMade(method, "", told, (trial.erased,), trial.kept)
+        return made, records.measurements(values, trial.protocol, trial.label), {}
 
     monkeypatch.setattr(search, "measure", measured)
-    arguments = ["uce", "--setting", "preset", "--out", str(tmp_path / "a.json")]
+    arguments = ["uce", "--out", str(tmp_path / "a.json")]
+    labels = [trial.label for trial in search.trials("uce")]
     with pytest.raises(KeyboardInterrupt):
         search.main(arguments)
-    assert list(records.read(tmp_path / "a.json").edits) == ["preset, airplane", "preset, automobile"]
+    assert list(records.read(tmp_path / "a.json").edits) == labels[:3]
+    limit = 100
     search.main(arguments)
+    assert list(records.read(tmp_path / "a.json").edits) == labels == done  # none was measured twice
+
+    changed = search.SEARCHED["uce"] | {"lam 0.01": {"lam": 0.02}}
+    monkeypatch.setitem(search.SEARCHED, "uce", changed)
+    limit = len(done) + 1
+    with pytest.raises(KeyboardInterrupt):  # one of the two that changed is done, and nothing else is lost
+        search.main(arguments)
     found = records.read(tmp_path / "a.json")
-    assert list(found.edits) == [f"preset, {name}" for name in CIFAR] and len(done) == 11
-    assert found.command.startswith("python -m erasekit.experiments.search uce --setting preset --out ")
-    search.main([*arguments[:2], "lam 1", *arguments[3:]])  # another question: nothing of the old file counts
-    assert list(records.read(tmp_path / "a.json").edits) == [f"lam 1, {name}" for name in CIFAR]
+    assert done[12:] == ["lam 0.01, lion"] and found.edits.keys() == {*labels} - {"lam 0.01, bus"}
+    assert found.edits["lam 0.01, lion"].config["lam"] == 0.02
+    limit = 100
+    search.main(arguments)
+    assert done[13:] == ["lam 0.01, bus"] and list(records.read(tmp_path / "a.json").edits) == labels
+    search.main([*arguments, "--setting", "lam 1"])  # another question: nothing of the old file counts
+    ten = [f"{setting}, {name}" for setting in ("preset", "lam 1") for name in CIFAR]
+    assert list(records.read(tmp_path / "a.json").edits) == ten == done[14:]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["uce", "--seeds", "dog"], "uce is not trained"),
-        (["uce", "--setting", "lam 7"], "no setting lam 7: there are preset, "),
+        (["uce", "--setting", "lam 7"], "no setting lam 7: there are preset; "),
         (["esd", "--seeds", "dog", "--setting", "preset"], "settings or seeds"),
     ],
 )
@@ -137,31 +213,49 @@ def test_what_cannot_be_searched_is_refused(arguments, message, capsys, tmp_path
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_committed_searches_follow_the_rule_and_today_s_protocol(name):
-    found, method = FILES[name], name.rpartition("_")[2] if "surgery" not in name else "semantic_surgery"
-    settings = search.table(found)["setting"].tolist()
-    seeds = found.erased[0] if "seeds" in name else None
-    on_ten = settings if "_ten_" in name else ()
-    expected = {
-        label: (records.plain(config), protocol.hash)
-        for label, config, _, protocol in search.asked(method, on_ten, seeds)
-    }
+def test_committed_searches_are_whole_and_of_today_s_settings(name):
+    found = FILES[name]
+    method, told = next(iter(found.edits.values())).method, search.table(found)
+    on_ten, seeds = (), None
+    if "seeds" in found.details:
+        assert tuple(found.details["seeds"]) == search.SEEDS
+        seeds = found.erased[0]
+    elif "rule" in found.details:
+        assert found.details["rule"] == search.RULE and tuple(found.details["classes"]) == DEVELOPMENT
+    else:  # on the ten classes: the preset, and what the search chose
+        searched = search.table(FILES[f"search_{method}"])
+        on_ten = ("preset", *searched["setting"][searched["chosen"]])
+        assert told["setting"].tolist() == list(dict.fromkeys(on_ten))
+    trials = search.trials(method, on_ten, seeds)
     assert {label: made.config for label, made in found.edits.items()} == {
-        label: config for label, (config, _) in expected.items()
+        trial.label: records.plain(trial.config) for trial in trials
     }
     assert {(m.edit, m.hash) for m in found.measurements} == {
-        (label, one) for label, (_, one) in expected.items()
+        (one.label, one.protocol.hash) for one in trials
     }
-    if not on_ten and not seeds:
-        assert found.details["rule"] == search.RULE and tuple(found.details["classes"]) == DEVELOPMENT
+
+
+UNTRAINED = [method for method in METHODS if method not in search.TRAINED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_every_setting_can_be_fitted(method):
+    model = load("emoji")
+    first = [trial for trial in search.trials(method) if trial.erased == search.ERASED[0]]
+    edits = [METHODS[method].fit(model, one.erased, one.kept, config=one.config) for one in first]
+    assert (
+        len({edit.digest for edit in edits}) == 6 or method == "dp"
+    )  # one token: joint or in turn, the same
 
 
 @pytest.mark.slow
 def test_a_setting_is_measured_on_the_model(tmp_path):
-    """Two settings of one class: the edit, its rates and every verdict; a weaker ridge is another edit."""
-    (label, config, seed, asked) = next(one for one in search.asked("uce") if one[0] == "lam 1, rocket")
-    few = replace(asked, prompts=tuple(p for i, p in enumerate(asked.prompts) if i % 5 == 0))
-    made, rows, verdicts = search.measure(load("emoji"), "uce", label, config, seed, few, tmp_path)
-    assert made.variant == "lam=1.0" and made.erased == ("rocket",) and len(made.preserved) == 9
+    """The edit, its rates and every verdict, over a fifth of the pictures."""
+    trial = next(one for one in search.trials("uce") if one.label == "lam 1, bus")
+    few = replace(trial.protocol, prompts=trial.protocol.prompts[::5])
+    part = replace(trial, protocol=few)
+    made, rows, verdicts = search.measure(load("emoji"), "uce", part, training=tmp_path, pictures=tmp_path)
+    assert made.variant == "lam=1.0" and made.erased == ("bus",) and len(made.preserved) == 9
     assert sum(len(of["seen"]) for name in search.RATES for of in verdicts[name].values()) == len(few.prompts)
-    assert {m.measure for m in rows} == {*search.RATES, "H_o"} and all(m.edit == label for m in rows)
+    assert {m.measure for m in rows} == {*search.RATES, "H_o"} and all(m.edit == part.label for m in rows)

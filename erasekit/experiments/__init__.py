@@ -4,13 +4,23 @@
 
     comparison.pooled(comparison.gathered())     # every committed result, counts added up
 
-Nothing below imports these modules. Some are commands: `python -m erasekit.experiments.ablation`, `.deployment`,
-`.regeneration` and `.report`; `erasekit attack` and `erasekit promote` use the others.
+Nothing below imports these modules. Some are commands: `python -m erasekit.experiments.ablation`, `.search`,
+`.deployment`, `.regeneration` and `.report`; `erasekit attack` and `erasekit promote` use the others.
 """
 
 from importlib import import_module
 
-__all__ = ["ablation", "comparison", "deployment", "promotion", "regeneration", "report", "stages", "tables"]
+__all__ = [
+    "ablation",
+    "comparison",
+    "deployment",
+    "promotion",
+    "regeneration",
+    "report",
+    "search",
+    "stages",
+    "tables",
+]
 
 
 def __getattr__(name: str):

@@ -1,25 +1,25 @@
 """The settings of a method, searched on classes that no table is about; and one training with several seeds.
 
     python -m erasekit.experiments.search uce --out data/results/search_uce.json
-    python -m erasekit.experiments.search uce --setting preset --setting "lam 1" --out data/results/search_ten_uce.json
+    python -m erasekit.experiments.search uce --setting "lam 1" --out data/results/search_ten_uce.json
     python -m erasekit.experiments.search esd --seeds dog --out data/results/search_seeds_esd.json
 
 The budget is one for all methods: six settings of `SEARCHED`, the preset "emoji" first and the authors' where they are
-known and can be paid, on each class of `ERASED` by `protocols.quick`. The rule, which stands in the file: the
-highest mean H_o over the classes; of equals the one listed first. What makes a paper is no setting: how many rounds an
-attack is answered in (RECE, AdvUnlearn) is not seen by H_o, and a search by it would always choose none.
+known and can be paid, on each class of `ERASED` by `protocols.quick`. The rule, which stands in the file: the highest
+mean H_o over the classes; of equals the one listed first. What makes a paper is no setting: how many rounds RECE makes
+and how AdvUnlearn's attacker works is not seen by H_o, and a search by it would choose none. (RECE's authors make one
+round on objects: that setting alone has fewer.)
 
-With --setting those settings are measured on the ten classes instead: what was chosen, beside the preset.
-
-With --seeds a class of the ten is erased by the preset, trained anew with generators 0, 1 and 2, and measured by
-`protocols.objects`. What is done is kept: an interrupted call goes on.
+With --setting the preset and these settings are measured on the ten classes instead. With --seeds a class of the ten is
+erased by the preset, trained anew with generators 0, 1 and 2, and measured by `protocols.quick` with 100 pictures of
+each kind. What is done is kept: an interrupted call goes on.
 """
 
 import argparse
 import shlex
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +27,30 @@ import pandas as pd
 import torch
 
 from erasekit.evaluate import metrics, runs, world
-from erasekit.evaluate.protocols import CIFAR, DEVELOPMENT, Protocol, objects, quick
+from erasekit.evaluate.protocols import CIFAR, DEVELOPMENT, Protocol, quick
 from erasekit.evaluate.records import EditMade, Measurement, Result, measurements, plain, read, save
 from erasekit.experiments.ablation import CODE_2023, EQUAL, VARIANTS
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
+from erasekit.paths import BUILD
 from erasekit.settings import EMOJI_CAPTIONS
 
-ERASED = ("lion", "rocket")  # an animal and a vehicle, as the ten are
+ERASED = ("lion", "bus")  # an animal and a vehicle, as the ten are
 RULE = "the highest mean H_o; of equals the one listed first"
 KEEPS = ("uce", "rece", "dp", "speed", "oce")  # are told the other classes, as on the ten
 TRAINED = ("esd", "mace", "realera", "trce", "advunlearn")
 SEEDS = (0, 1, 2)
-of_authors = lambda method: VARIANTS[method]["settings of the code"]
-preset = lambda method, name: {
-    key: value
-    for key, value in asdict(METHODS[method].PRESETS[name]).items()
-    if value != asdict(METHODS[method].PRESETS["emoji"])[key]
-}
+RATES = ("Acc_e", "Acc_s", "Acc_g")
+OWN_CAPTIONS = ("templates", "steer_templates", "keep_templates", "preserve_templates")  # of the emoji world
+
+
+def of_authors(method: str, preset: str, *left_out: str, **more) -> dict:
+    """What a preset of the authors has in which "emoji" differs, without the fields `left_out`, and with `more`."""
+    own, found = (METHODS[method].PRESETS[name] for name in ("emoji", preset))
+    values = {one.name: getattr(found, one.name) for one in fields(found)}
+    return {k: v for k, v in values.items() if v != getattr(own, k) and k not in left_out} | more
+
+
 SEARCHED: dict[str, dict[str, dict]] = {
     "uce": {
         "preset": {},
@@ -56,23 +62,23 @@ SEARCHED: dict[str, dict[str, dict]] = {
     },
     "rece": {
         "preset": {},
-        "of the authors": of_authors("rece"),
-        "one round": {"epochs": 1},
+        "of the authors": VARIANTS["rece"]["settings of the code"],
         "pairs of the start": {"pairs": "start"},
-        "one round, pairs of the start": {"epochs": 1, "pairs": "start"},
+        "lam 0.01": {"lam": 0.01},
         "lam 1": {"lam": 1.0},
+        "lambda_1 1": {"lambda_1": 1.0},
     },
     "dp": {
-        "preset, of the authors": {},
+        "preset": {},
+        "of the authors": {"joint": False},  # the same but for names of several tokens
         "captions kept": {"preserve_templates": EMOJI_CAPTIONS},
-        "captions erased": {"templates": EMOJI_CAPTIONS},
-        "captions erased and kept": {"templates": EMOJI_CAPTIONS, "preserve_templates": EMOJI_CAPTIONS},
+        "captions erased, ridge 0.001": {"templates": EMOJI_CAPTIONS, "ridge": 1e-3},
         "empty prompt kept": {"preserve_null": True},
         "cut 0.01": {"cut": 0.01},
     },
     "speed": {
         "preset": {},
-        "of the authors": of_authors("speed"),
+        "of the authors": of_authors("speed", "sd14-object"),
         "without IPF": {"ipf": False},
         "keys too": {"projections": "both"},
         "cut 0.01": {"cut": 0.01},
@@ -80,7 +86,7 @@ SEARCHED: dict[str, dict[str, dict]] = {
     },
     "oce": {
         "preset": {},
-        "of the authors": of_authors("oce"),
+        "of the authors": of_authors("oce", "sd14-object"),
         "e 200": {"e": 200.0},
         "e 20000": {"e": 20_000.0},
         "p 100": {"p": 100.0},
@@ -88,7 +94,7 @@ SEARCHED: dict[str, dict[str, dict]] = {
     },
     "adavd": {
         "preset": {},
-        "of the authors": preset("adavd", "sd14-object"),
+        "of the authors": of_authors("adavd", "sd14-object"),
         "b 0.8": {"b": 0.8},
         "b 0.6": {"b": 0.6},
         "b 0.5": {"b": 0.5},
@@ -96,7 +102,7 @@ SEARCHED: dict[str, dict[str, dict]] = {
     },
     "semantic_surgery": {
         "preset": {},
-        "of the authors": preset("semantic_surgery", "sd14-object"),
+        "of the authors": of_authors("semantic_surgery", "sd14-object"),
         "beta 0.25": {"beta": 0.25},
         "beta 0.45": {"beta": 0.45},
         "strength 0.5": {"strength": 0.5},
@@ -104,17 +110,17 @@ SEARCHED: dict[str, dict[str, dict]] = {
     },
     "safree": {
         "preset": {},
-        "of the authors": preset("safree", "sd14-object"),
+        "of the authors": of_authors("safree", "sd14-object"),
         "alpha 0.1": {"alpha": 0.1},
         "alpha 0.5": {"alpha": 0.5},
         "captions": {"templates": EMOJI_CAPTIONS},
-        "alpha 0.1, captions": {"alpha": 0.1, "templates": EMOJI_CAPTIONS},
+        "alpha 0.01, captions": {"alpha": 0.01, "templates": EMOJI_CAPTIONS},
     },
-    "sld": {
+    "sld": {  # delta: the authors' share of 50 steps, of ten steps here
         "preset": {},
-        "medium of the authors": preset("sld", "sd14-medium"),
-        "strong of the authors": preset("sld", "sd14-strong"),
-        "max of the authors": preset("sld", "sd14-max"),
+        "medium of the authors": of_authors("sld", "sd14-medium", delta=2),
+        "strong of the authors": of_authors("sld", "sd14-strong", delta=1),
+        "max of the authors": of_authors("sld", "sd14-max"),
         "lam 0.1": {"lam": 0.1},
         "s_s 5000": {"s_s": 5000.0},
     },
@@ -128,7 +134,7 @@ SEARCHED: dict[str, dict[str, dict]] = {
     },
     "mace": {
         "preset": {},
-        "of the authors": of_authors("mace"),
+        "of the authors, captions ours": of_authors("mace", "sd14-object", *OWN_CAPTIONS, squared=False),
         "lambda_1 0.1": {"lambda_1": 0.1},
         "lr 3e-3": {"lr": 3e-3},
         "lr 3e-4": {"lr": 3e-4},
@@ -140,11 +146,13 @@ SEARCHED: dict[str, dict[str, dict]] = {
         "lr 3e-4": {"lr": 3e-4},
         "lr 3e-3": {"lr": 3e-3},
         "cosine 0.7 to 0.95": {"s_low": 0.7, "s_high": 0.95},
-        "20 neighbours": {"n": 20, "m": 12},
+        "n 20, m 12": {"n": 20, "m": 12},
     },
-    "trce": {
+    "trce": {  # ways: 490 prompts five times, as the authors have it, take hours
         "preset": {},
-        "of the authors": VARIANTS["trce"]["settings of the code, fewer ways"],
+        "of the authors, captions ours, fewer ways": of_authors(
+            "trce", "sd14-object", *OWN_CAPTIONS, "noises", "calm"
+        ),
         "lr 1e-4": {"lr": 1e-4},
         "lr 1e-3": {"lr": 1e-3},
         "weight 1": {"weight": 1.0},
@@ -156,103 +164,122 @@ SEARCHED: dict[str, dict[str, dict]] = {
         "gamma 2": {"gamma": 2.0},
         "lr 3e-5": {"lr": 3e-5},
         "lr 3e-4": {"lr": 3e-4},
-        "k = 3": {"k": 3},
+        "eta 3": {"eta": 3.0},
     },
 }
 
 
-def asked(
-    method: str, settings: Sequence[str] = (), seeds: str | None = None
-) -> Iterator[tuple[str, object, int, Protocol]]:
-    """(label, Config, seed of the training, protocol) of everything that one file holds.
+@dataclass(frozen=True)
+class Trial:
+    """One edit of a file: setting, its Config, what it erases and keeps, the seed of its training, its protocol."""
 
-    settings: these on the ten classes; seeds: the preset on this class; without either the search.
+    setting: str
+    config: object
+    erased: str
+    kept: tuple[str, ...]
+    seed: int
+    protocol: Protocol
+
+    @property
+    def label(self) -> str:
+        return f"{self.setting}, {self.erased}"
+
+
+def trials(method: str, settings: Sequence[str] = (), seeds: str | None = None) -> list[Trial]:
+    """Everything that one file holds. settings: the preset and these on the ten classes; seeds: the preset on this
+    class; without either the search.
     """
     base = METHODS[method].PRESETS["emoji"]
+    classes = CIFAR if settings or seeds else DEVELOPMENT
+    kept = lambda one: tuple(name for name in classes if name != one) if method in KEEPS else ()
     if seeds:
-        yield from ((f"seed {seed}", base, seed, objects(seeds)) for seed in SEEDS)
-        return
-    for setting in settings or SEARCHED[method]:
-        config = replace(base, **SEARCHED[method][setting])
-        yield from ((f"{setting}, {one}", config, 0, quick(one)) for one in (CIFAR if settings else ERASED))
+        asked = quick(seeds, 100)
+        return [Trial(f"seed {seed}", base, seeds, kept(seeds), seed, asked) for seed in SEEDS]
+    named = dict.fromkeys(("preset", *settings)) if settings else SEARCHED[method]
+    return [
+        Trial(setting, replace(base, **SEARCHED[method][setting]), one, kept(one), 0, quick(one))
+        for setting in named
+        for one in (CIFAR if settings else ERASED)
+    ]
 
 
 def measure(
-    model: DiffusionModel,
-    method: str,
-    label: str,
-    config,
-    seed: int,
-    protocol: Protocol,
-    folder: Path = runs.RUNS,
+    model: DiffusionModel, method: str, trial: Trial, *, training: Path, pictures: Path = runs.RUNS
 ) -> tuple[EditMade, list[Measurement], dict]:
-    """One edit: what was made, its measurements, and the verdict of every picture."""
-    (concept,) = protocol.erased
-    classes = CIFAR if concept in CIFAR else DEVELOPMENT
-    kept = [name for name in classes if name != concept] if method in KEEPS else []
-    start = time.perf_counter()
+    """What was made, its measurements, and the verdict of every picture. training, pictures: folders."""
+    own = {"folder": training} if method in TRAINED else {}
+    generator = torch.Generator().manual_seed(trial.seed)
     edit = METHODS[method].fit(
-        model, concept, kept, config=config, generator=torch.Generator().manual_seed(seed)
+        model, trial.erased, trial.kept, config=trial.config, generator=generator, **own
     )
-    seconds = round(time.perf_counter() - start, 2)
-    done = runs.run(model, edit, protocol, folder=folder)
-    found = measurements(done.measured(), protocol, label, seconds=seconds, machine=runs.machine())
+    done = runs.run(model, edit, trial.protocol, folder=pictures)
+    found = measurements(done.measured(), trial.protocol, trial.label)
     return EditMade.of(edit, METHODS[method].PRESETS["emoji"]), found, done.verdicts()
 
 
-def table(result: Result, baseline: str | None = None) -> pd.DataFrame:
-    """One row for each setting (or seed) of a file: setting, Acc_e, Acc_s, Acc_g ({k, n, rate, low, high}, classes
-    added up), H_o (mean over the classes), seconds (mean), and of the share of pictures that came out as they should
-    right (of those `pictures`), difference, low, high, p (to the baseline, the first row if None, prompts and seeds
-    resampled; Holm over the rows) and chosen, which the rule gives.
+def table(result: Result) -> pd.DataFrame:
+    """One row for each setting (or seed) of a file, the first of which the others are compared with.
+
+    setting; Acc_e, Acc_s, Acc_g ({k, n, rate, low, high}, classes added up); H_o (mean of the classes' own, so it does
+    not follow from these); right: the mean over classes and kinds of picture of the share that came out as it should;
+    difference of right to the first row, low, high and p (pairs, prompts of a class resampled; Holm over the rows;
+    NaN in the first); chosen: by the file's rule, in a search alone. ValueError for a file that is not whole.
     """
-    rows, verdicts = {}, {}
-    for label in result.edits:
-        setting = label.rpartition(", ")[0] or label
-        value = {m.measure: m.value for m in result.measurements if m.edit == label}
-        seconds = next(m.seconds for m in result.measurements if m.edit == label)
-        row = rows.setdefault(setting, {"H_o": [], "seconds": []} | {name: [] for name in RATES})
-        row["H_o"].append(value["H_o"]["harmonic_mean"])
-        row["seconds"].append(seconds)
-        for name in RATES:
-            row[name].append(value[name])
-        verdicts.setdefault(setting, {}).update(_right(result.details["verdicts"][label]))
-    added = lambda values: metrics.rate(sum(one["k"] for one in values), sum(one["n"] for one in values))
-    frame = pd.DataFrame(
-        {name: added(row[name]) for name in RATES}
-        | {name: float(np.mean(row[name])) for name in ("H_o", "seconds")}
-        for row in rows.values()
-    )
-    frame.insert(0, "setting", list(rows))
-    first = verdicts[baseline or frame["setting"][0]]
-    labels = list(zip(*first, strict=True))
+    classes = list(dict.fromkeys(made.erased[0] for made in result.edits.values()))
+    settings = list(dict.fromkeys(label.rpartition(", ")[0] for label in result.edits))
+    if short := [f"{s}, {c}" for s in settings for c in classes if f"{s}, {c}" not in result.edits]:
+        raise ValueError(f"not measured: {'; '.join(short)}. Run it again, it goes on: {result.command}")
+    rows, right = [], {}
+    for setting in settings:
+        values = [result.values(f"{setting}, {one}") for one in classes]
+        counts = {name: [sum(one[name][key] for one in values) for key in "kn"] for name in RATES}
+        row = {name: metrics.rate(*counts[name]) for name in RATES}
+        rows.append(row | {"H_o": float(np.mean([one["H_o"]["harmonic_mean"] for one in values]))})
+        right[setting] = {
+            key: verdict
+            for one in classes
+            for key, verdict in _right(one, result.details["verdicts"][f"{setting}, {one}"]).items()
+        }
+        assert len(right[setting]) == sum(n for _, n in counts.values())
+    frame = pd.DataFrame(rows)
+    frame.insert(0, "setting", settings)
+    keys = list(right[settings[0]])
+    size = Counter((one, name) for one, name, *_ in keys)
+    weight = np.array([len(keys) / (len(size) * size[key[:2]]) for key in keys])  # every class and kind alike
+    scores = {setting: weight * [of[key] for key in keys] for setting, of in right.items()}
+    clusters = [f"{one}: {prompt}" for one, _, prompt, _ in keys]
+    frame["right"] = [float(np.mean(of)) for of in scores.values()]
     compared = [
-        metrics.paired_difference(
-            [*first.values()], [of[key] for key in first], np.random.default_rng(0), labels
-        )
-        for of in verdicts.values()
+        metrics.paired_difference(scores[settings[0]], scores[one], np.random.default_rng(0), [clusters])
+        for one in settings[1:]
     ]
-    frame["right"] = [sum(of.values()) for of in verdicts.values()]
-    frame["pictures"] = len(first)
     for name in ("difference", "low", "high", "p"):
-        frame[name] = [one[name] for one in compared]
-    others = frame["setting"] != (baseline or frame["setting"][0])
-    frame.loc[others, "p"] = metrics.holm(frame.loc[others, "p"])
-    frame["chosen"] = frame.index == frame["H_o"].idxmax()
+        frame[name] = [np.nan, *(one[name] for one in compared)]
+    if compared:
+        frame.loc[1:, "p"] = metrics.holm(frame["p"][1:])
+    if "rule" in result.details:
+        frame["chosen"] = frame.index == frame["H_o"].idxmax()
     return frame
 
 
-RATES = ("Acc_e", "Acc_s", "Acc_g")
-
-
-def _right(verdicts: dict) -> dict[tuple[str, int], int]:
-    """{(prompt, seed): 1 where the picture shows what it should, of the erased anything else}."""
+def _right(erased: str, verdicts: dict) -> dict[tuple, int]:
+    """{(class, measure, prompt, seed): 1 where the picture shows what it should, of the erased anything else}."""
     return {
-        (prompt, seed): int(seen == ("1" if name == "Acc_s" else "0"))
+        (erased, name, prompt, seed): int(seen == ("1" if name == "Acc_s" else "0"))
         for name in RATES
         for prompt, of in verdicts[name].items()
         for seed, seen in zip(of["seeds"], of["seen"], strict=True)
     }
+
+
+def still_true(old: Result, new: Result, trial: Trial) -> bool:
+    """Whether a file's trial was of the same model, edit and protocol."""
+    made = old.edits.get(trial.label)
+    same = made is not None and (old.fingerprint, old.vae) == (new.fingerprint, new.vae)
+    same = same and (made.config, made.erased) == (plain(trial.config), (trial.erased,))
+    # a trained method names all that it keeps
+    same = same and (not trial.kept or made.preserved == trial.kept)
+    return same and any((m.edit, m.hash) == (trial.label, trial.protocol.hash) for m in old.measurements)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -270,35 +297,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{given.method} is not trained: a seed changes nothing")
     if unknown := set(given.setting) - set(SEARCHED[given.method]):
         parser.error(
-            f"no setting {', '.join(sorted(unknown))}: there are {', '.join(SEARCHED[given.method])}"
+            f"no setting {', '.join(sorted(unknown))}: there are {'; '.join(SEARCHED[given.method])}"
         )
     if given.seeds and given.setting:
         parser.error("give settings or seeds, not both")
     model = load("emoji")
     words = given.method + "".join(f" --setting {shlex.quote(one)}" for one in given.setting)
     words += f" --seeds {given.seeds}" if given.seeds else ""
-    erased = (given.seeds,) if given.seeds else CIFAR if given.setting else ERASED
-    told = {} if given.seeds or given.setting else {"rule": RULE, "classes": DEVELOPMENT}
+    wanted = trials(given.method, given.setting, given.seeds)
+    told = (
+        {"seeds": SEEDS} if given.seeds else {} if given.setting else {"rule": RULE, "classes": DEVELOPMENT}
+    )
     whole = Result(
         f"python -m erasekit.experiments.search {words} --out {given.out.as_posix()}",
         "search",
         **world.subject(model),
-        erased=erased,
+        erased=tuple(dict.fromkeys(trial.erased for trial in wanted)),
         machine=runs.machine(),
         details=plain(told | {"verdicts": {}}),
     )
     old = read(given.out) if given.out.exists() else whole
-    for label, config, seed, protocol in asked(given.method, given.setting, given.seeds):
-        known = [m for m in old.measurements if m.edit == label and m.hash == protocol.hash]
-        if known and old.fingerprint == whole.fingerprint and old.edits[label].config == plain(config):
-            made, found, verdicts = old.edits[label], known, old.details["verdicts"][label]
-        else:
-            made, found, verdicts = measure(model, given.method, label, config, seed, protocol)
-        details = whole.details | {"verdicts": whole.details["verdicts"] | {label: verdicts}}
-        edits, rows = whole.edits | {label: made}, (*whole.measurements, *found)
-        whole = replace(whole, edits=edits, measurements=rows, details=details)
+    done = {
+        one.label: (
+            old.edits[one.label],
+            [m for m in old.measurements if m.edit == one.label],
+            old.details["verdicts"][one.label],
+        )
+        for one in wanted
+        if still_true(old, whole, one)
+    }
+    training = BUILD / "training" / given.out.stem  # of its own: an edit elsewhere may be training alike
+    for trial in wanted:
+        if trial.label not in done:
+            done[trial.label] = measure(model, given.method, trial, training=training)
+        labels = [one.label for one in wanted if one.label in done]
+        whole = replace(
+            whole,
+            edits={label: done[label][0] for label in labels},
+            measurements=tuple(m for label in labels for m in done[label][1]),
+            details=whole.details | {"verdicts": {label: done[label][2] for label in labels}},
+        )
         save(whole, given.out)
-        print(label, next(m.value for m in found if m.measure == "H_o"), flush=True)
+        print(trial.label, whole.value("H_o", trial.label), flush=True)
 
 
 if __name__ == "__main__":

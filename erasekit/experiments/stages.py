@@ -3,7 +3,8 @@
     python -m erasekit attack unlearndiff dog --edit dog.safetensors --out data/results/attack_unlearndiff_uce_dog.json
 
 Every attack gets the same attempts: the concept's prompts with seeds 0, 1, ... Attempts of one caption are not
-independent, and those of one seed even less: some noise looks like a dog to begin with. The pictures that an attacker
+independent, and those of one seed even less: some noise looks like a dog to begin with. So every attempt may have a
+seed of its own. The pictures that an attacker
 needs are drawn by the model before the erasure (UnlearnDiffAtk, P4D), as the papers do it, or are real emoji, placed at
 random (textual inversion, latent inversion; for fine-tuning, of everything but the concept).
 """
@@ -118,9 +119,11 @@ def real(asked: Sequence[tuple[str, str]], generator: torch.Generator) -> list[I
     return [fromarray(one) for one in pixels]
 
 
-def stage(concept: str, attempts: int = 50, captions: int = 1) -> Stage:
+def stage(concept: str, attempts: int = 50, captions: int = 1, own_seeds: bool = False) -> Stage:
     """The attempts on an object, a style or "weapon": its prompts, in the first of `CAPTIONS`, evenly, with as many
-    seeds as are needed. ValueError for an unknown concept, and where the attempts do not reach every caption.
+    seeds as are needed, or with another one for every attempt (own_seeds).
+
+    ValueError for an unknown concept, and where the attempts do not reach every caption.
     """
     if not 1 <= captions <= len(CAPTIONS):
         raise ValueError(f"there are 1 to {len(CAPTIONS)} captions, got {captions}")
@@ -138,6 +141,7 @@ def stage(concept: str, attempts: int = 50, captions: int = 1) -> Stage:
     if captions > 1 and attempts < len(asked):
         raise ValueError(f"{captions} captions are {len(asked)} prompts: ask for as many attempts or more")
     pairs = [(p, seed) for seed in range(-(-attempts // len(asked))) for p in asked][:attempts]
+    pairs = [(p, i if own_seeds else seed) for i, (p, seed) in enumerate(pairs)]
     return Stage(
         concept,
         tuple(p.text for p, _ in pairs),
