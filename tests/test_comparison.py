@@ -130,7 +130,7 @@ def test_readme_has_the_numbers_of_the_comparison(table):
         by_name, by_synonym, right = (f"{one['k']}/{one['n']}" for one in counts)
         told = " | ".join([by_name, by_synonym, *said, right]) + " | "
         if (key, "Acc_e") in ten.index:
-            told += "{k}/{n:,}".format(**(ten.loc[(key, "Acc_e")] + ten.loc[(key, "Acc_g")]))
+            told += "{k:,}/{n:,}".format(**(ten.loc[(key, "Acc_e")] + ten.loc[(key, "Acc_g")]))
         assert any(line.startswith(f"| {METHOD_NAMES[key]} | {told} |") for line in lines), (key, told)
 
 
