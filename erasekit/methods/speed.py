@@ -102,7 +102,8 @@ PRESETS = {
     "sd14-celebrity": Config(retain_scale=0.05, ipf=False),
     "sd14-nudity": Config(tokens="all"),
     # ours: tried on guitar, pizza and rocket with nine others preserved, of which 0 of 15 pictures still showed the
-    # concept, 12 of 12 what is preserved and 12 of 12 others; so only the captions of this world differ
+    # concept, 12 of 12 what is preserved and 12 of 12 others; so only the captions of this world differ.
+    # With all tokens less is left and more lost: data/results/search_ten_speed.json
     "emoji": Config(templates=EMOJI_CAPTIONS, preserve_templates=EMOJI_CAPTIONS),
 }
 

@@ -78,7 +78,8 @@ class Config:
 
 
 PRESETS = {
-    # ours, for the captions of the emoji world
+    # ours, for the captions of the emoji world; tokens as in the code of 2025. With "all" less is left and more lost:
+    # data/results/search_ten_uce.json
     "emoji": Config(
         lam=0.1, tokens="last_subject", templates=EMOJI_CAPTIONS, preserve_templates=EMOJI_CAPTIONS
     ),
