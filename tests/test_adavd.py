@@ -208,3 +208,15 @@ def test_on_an_accelerator():
         with edit.applied(there):
             assert np.abs(picture(there) - plain).max() > 5
         assert np.array_equal(picture(there), plain)
+
+
+@pytest.mark.slow
+def test_a_style_of_the_world_is_taken_in_its_first_template():
+    model = ek.load("emoji")
+    (ink,) = model.concepts("ink")
+    assert len(ink.templates) > 1
+    first = dataclasses.replace(ink, templates=ink.templates[:1])
+    edits = [adavd.fit(model, asked) for asked in ("ink", first)]
+    assert torch.equal(*(edit.tensors["concepts"] for edit in edits))
+    with pytest.raises(ValueError, match="one template"):  # a choice of one's own is not cut short
+        adavd.fit(model, ink)

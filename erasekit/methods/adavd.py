@@ -77,8 +77,8 @@ def fit(
     preserve: noted, and not used: what is far from the concept stays by itself. anchor: ValueError, since nothing takes
     the concept's place. config None: the preset of the model's world, or "sd14-object". generator: not used. callback:
     once, with the number of concepts. Raises ValueError for other models than Stable Diffusion 1 and 2, unknown
-    concepts, nothing to erase, a concept both erased and preserved or with several templates, and prompts that are too
-    long.
+    concepts, nothing to erase, a concept both erased and preserved, a `Concept` with several templates, and prompts that
+    are too long. A style of the model's world, given by name, is taken in the first of its templates.
     """
     check_first_family(model, "adavd")
     check_no_anchor(anchor, "adavd")
@@ -86,11 +86,12 @@ def fit(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
     apart(erased, preserved)
-    rows = []
+    rows, given = [], [erase] if isinstance(erase, str | Concept) else erase
     for concept in erased:
-        if len(concept.templates) > 1:
+        if len(concept.templates) > 1 and concept in given:
             raise ValueError(f"adavd has one target for each concept: give {concept.name!r} one template")
-        prompt, _ = fill(*(concept.templates or (config.template,)), concept.name)
+        template, *_ = concept.templates or (config.template,)
+        prompt, _ = fill(template, concept.name)
         rows.append(model.encode(prompt)[0, last_subject_token(model.tokenizer, prompt, concept.name)])
     if callback is not None:
         callback({"step": 0, "concepts": len(erased)})
