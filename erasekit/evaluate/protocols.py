@@ -228,7 +228,7 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
 
 
 def _class_prompts(erased: str, classes: Sequence[str], pictures: int) -> list[Prompt]:
-    """The erased class by name, the others of `classes`, and the erased one's synonyms, about `pictures` of each."""
+    """The erased class by name, the others of `classes`, and the erased one's synonyms, at least `pictures` of each."""
     parts = (
         _in_styles(erased, erased, "target"),
         [p for name in classes if name != erased for p in _in_styles(name, name, "other")],
@@ -241,7 +241,7 @@ def quick(erased: str, pictures: int = 20) -> Protocol:
     """Acc_e, Acc_s, Acc_g and H_o of `objects`, at least `pictures` of each, by ten steps of DPM-Solver++.
 
     Over the ten classes if the erased one is among them, else over `DEVELOPMENT`, on which settings are chosen. Every
-    picture has a seed of its own.
+    picture has a seed of its own. A setting counted in steps of the drawing (SLD's delta) is another one in ten steps.
     """
     (erased,) = _known(erased, (*CIFAR, *DEVELOPMENT), "class")
     classes = CIFAR if erased in CIFAR else DEVELOPMENT

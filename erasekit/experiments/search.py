@@ -8,7 +8,7 @@ The budget is one for all methods: six settings of `SEARCHED`, the preset "emoji
 known and can be paid, on each class of `ERASED` by `protocols.quick`. The rule, which stands in the file: the highest
 mean H_o over the classes; of equals the one listed first. What makes a paper is no setting: how many rounds RECE makes
 and how AdvUnlearn's attacker works is not seen by H_o, and a search by it would choose none. (RECE's authors make one
-round on objects: that setting alone has fewer.)
+round on objects: that setting alone has fewer. DP's authors differ from the preset for names of several tokens alone.)
 
 With --setting the preset and these settings are measured on the ten classes instead. With --seeds a class of the ten is
 erased by the preset, trained anew with generators 0, 1 and 2, and measured by `protocols.quick` with 100 pictures of
@@ -17,7 +17,6 @@ each kind. What is done is kept: an interrupted call goes on.
 
 import argparse
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -74,7 +73,7 @@ SEARCHED: dict[str, dict[str, dict]] = {
         "captions kept": {"preserve_templates": EMOJI_CAPTIONS},
         "captions erased, ridge 0.001": {"templates": EMOJI_CAPTIONS, "ridge": 1e-3},
         "empty prompt kept": {"preserve_null": True},
-        "cut 0.01": {"cut": 0.01},
+        "captions erased, in turn": {"templates": EMOJI_CAPTIONS, "joint": False},
     },
     "speed": {
         "preset": {},
@@ -213,7 +212,7 @@ def measure(
         model, trial.erased, trial.kept, config=trial.config, generator=generator, **own
     )
     done = runs.run(model, edit, trial.protocol, folder=pictures)
-    found = measurements(done.measured(), trial.protocol, trial.label)
+    found = measurements(done.measured(), trial.protocol, trial.label, machine=runs.machine())
     return EditMade.of(edit, METHODS[method].PRESETS["emoji"]), found, done.verdicts()
 
 
@@ -222,8 +221,8 @@ def table(result: Result) -> pd.DataFrame:
 
     setting; Acc_e, Acc_s, Acc_g ({k, n, rate, low, high}, classes added up); H_o (mean of the classes' own, so it does
     not follow from these); right: the mean over classes and kinds of picture of the share that came out as it should;
-    difference of right to the first row, low, high and p (pairs, prompts of a class resampled; Holm over the rows;
-    NaN in the first); chosen: by the file's rule, in a search alone. ValueError for a file that is not whole.
+    difference of right to the first row, low, high and p (pairs, prompts resampled; Holm over the rows; NaN in the
+    first); chosen: by the file's rule, in a search alone. ValueError for a file that is not whole.
     """
     classes = list(dict.fromkeys(made.erased[0] for made in result.edits.values()))
     settings = list(dict.fromkeys(label.rpartition(", ")[0] for label in result.edits))
@@ -243,16 +242,8 @@ def table(result: Result) -> pd.DataFrame:
         assert len(right[setting]) == sum(n for _, n in counts.values())
     frame = pd.DataFrame(rows)
     frame.insert(0, "setting", settings)
-    keys = list(right[settings[0]])
-    size = Counter((one, name) for one, name, *_ in keys)
-    weight = np.array([len(keys) / (len(size) * size[key[:2]]) for key in keys])  # every class and kind alike
-    scores = {setting: weight * [of[key] for key in keys] for setting, of in right.items()}
-    clusters = [f"{one}: {prompt}" for one, _, prompt, _ in keys]
-    frame["right"] = [float(np.mean(of)) for of in scores.values()]
-    compared = [
-        metrics.paired_difference(scores[settings[0]], scores[one], np.random.default_rng(0), [clusters])
-        for one in settings[1:]
-    ]
+    frame["right"] = [_mean(of) for of in right.values()]
+    compared = [_paired(right[settings[0]], right[one]) for one in settings[1:]]
     for name in ("difference", "low", "high", "p"):
         frame[name] = [np.nan, *(one[name] for one in compared)]
     if compared:
@@ -260,6 +251,35 @@ def table(result: Result) -> pd.DataFrame:
     if "rule" in result.details:
         frame["chosen"] = frame.index == frame["H_o"].idxmax()
     return frame
+
+
+def _strata(verdicts: dict[tuple, int]) -> pd.Series:
+    """Verdicts with their keys as index, in the order of class and measure."""
+    index = pd.MultiIndex.from_tuples(verdicts, names=["class", "measure", "prompt", "seed"])
+    return pd.Series(list(verdicts.values()), index, dtype=float)
+
+
+def _mean(verdicts: dict[tuple, int]) -> float:
+    return float(_strata(verdicts).groupby(level=["class", "measure"]).mean().mean())
+
+
+def _paired(a: dict[tuple, int], b: dict[tuple, int]) -> dict:
+    """{difference, low, high, p} of `_mean`, b - a, prompts resampled within each class and measure, so that every
+    resample has the same mixture; as many pictures may differ unseen as Wilson's bound of 0 of all allows.
+    """
+    differences, generator = _strata(b) - _strata(a), np.random.default_rng(0)
+    parts = [
+        metrics.clustered(part.to_numpy(), [part.index.get_level_values("prompt")], generator)
+        for _, part in differences.groupby(level=["class", "measure"], sort=False)
+    ]
+    resampled = np.mean(parts, axis=0)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    if not differences.any():
+        high = metrics.rate(0, len(differences))["high"]
+        low = -high
+    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    p = min(1.0, 2 * (beyond + 1) / (len(resampled) + 1))
+    return {"difference": _mean(b) - _mean(a), "low": float(low), "high": float(high), "p": p}
 
 
 def _right(erased: str, verdicts: dict) -> dict[tuple, int]:
@@ -317,6 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         details=plain(told | {"verdicts": {}}),
     )
     old = read(given.out) if given.out.exists() else whole
+    if not {trial.label for trial in wanted} & old.edits.keys() and old.edits:
+        parser.error(f"{given.out} answers another question ({old.command}): choose another name")
     done = {
         one.label: (
             old.edits[one.label],

@@ -77,8 +77,8 @@ def fit(
     preserve: noted, and not used: what is far from the concept stays by itself. anchor: ValueError, since nothing takes
     the concept's place. config None: the preset of the model's world, or "sd14-object". generator: not used. callback:
     once, with the number of concepts. Raises ValueError for other models than Stable Diffusion 1 and 2, unknown
-    concepts, nothing to erase, a concept both erased and preserved, a `Concept` with several templates, and prompts that
-    are too long. A style of the model's world, given by name, is taken in the first of its templates.
+    concepts, nothing to erase, a concept both erased and preserved, a `Concept` with several templates, and prompts
+    that are too long. A style of the model's world, given by name, is taken in the first of its templates.
     """
     check_first_family(model, "adavd")
     check_no_anchor(anchor, "adavd")
