@@ -157,7 +157,7 @@ SEARCHED: dict[str, dict[str, dict]] = {
         "weight 1": {"weight": 1.0},
         "eta 1": {"eta": 1.0},
     },
-    "advunlearn": {  # the authors' take hours for a class: notebook 23 has them on "dog"
+    "advunlearn": {  # 45 minutes of a core; the authors' take hours for a class: notebook 23 has them on "dog"
         "preset": {},
         "gamma 0.2": {"gamma": 0.2},
         "gamma 2": {"gamma": 2.0},
