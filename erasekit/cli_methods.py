@@ -173,7 +173,7 @@ def _attack_parameters(
 ): ...
 
 
-def _attack(name, module, given, concept, out, edit, control, attempts, captions, own_seeds) -> None:
+def _attack(name, module, given, concept, out, edit, control, attempts, captions=1, own_seeds=False) -> None:
     original, loaded = ek.load("emoji"), ek.Edit.load(edit) if edit else None
     if control and loaded:
         raise ValueError("give --control or --edit, not both")
