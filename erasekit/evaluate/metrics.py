@@ -105,8 +105,7 @@ def paired_difference(
         raise ValueError(f"pairs are needed: {len(a)} values on one side, {len(b)} on the other")
     resampled = clustered(b - a, clusters or [range(len(a))], generator)
     low, high = (round(float(end), 5) for end in np.quantile(resampled, [0.025, 0.975]))
-    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    p = min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1))
+    p = two_sided(resampled)
     value = float((b - a)[0])
     if low == high and value in (-1, 0, 1):
         unseen = rate(0, len(a))["high"]
@@ -121,6 +120,12 @@ def paired_difference(
         "p": round(float(p), 5),
         "separates": low > 0 or high < 0,
     }
+
+
+def two_sided(resampled: np.ndarray) -> float:
+    """p of resampled differences (n,): twice the smaller share on one side of 0, so at least 2 / (n + 1)."""
+    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    return float(min(1.0, 2 * (beyond + 1) / (len(resampled) + 1)))
 
 
 def clustered(

@@ -210,9 +210,14 @@ def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:
         return {(t["prompt"], t["seed"]): int(ATTACKED[measure](t)) for t in one.details["attempts"]}
     if measure not in one.details.get("verdicts", {}):
         raise NotKept(f"no verdicts of {measure} were kept: run it again, {one.command or 'as it was made'}")
+    return by_picture(one.details["verdicts"][measure])
+
+
+def by_picture(kept: dict[str, dict]) -> dict[tuple[str, int], int]:
+    """{(prompt, seed): 0 or 1} of one measure as `Run.verdicts` keeps it."""
     return {
         (prompt, seed): int(verdict)
-        for prompt, of in one.details["verdicts"][measure].items()
+        for prompt, of in kept.items()
         for seed, verdict in zip(of["seeds"], of["seen"], strict=True)
     }
 

@@ -27,7 +27,16 @@ import torch
 
 from erasekit.evaluate import metrics, runs, world
 from erasekit.evaluate.protocols import CIFAR, DEVELOPMENT, Protocol, quick
-from erasekit.evaluate.records import EditMade, Measurement, Result, measurements, plain, read, save
+from erasekit.evaluate.records import (
+    EditMade,
+    Measurement,
+    Result,
+    by_picture,
+    measurements,
+    plain,
+    read,
+    save,
+)
 from erasekit.experiments.ablation import CODE_2023, EQUAL, VARIANTS
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
@@ -234,11 +243,8 @@ def table(result: Result) -> pd.DataFrame:
         counts = {name: [sum(one[name][key] for one in values) for key in "kn"] for name in RATES}
         row = {name: metrics.rate(*counts[name]) for name in RATES}
         rows.append(row | {"H_o": float(np.mean([one["H_o"]["harmonic_mean"] for one in values]))})
-        right[setting] = {
-            key: verdict
-            for one in classes
-            for key, verdict in _right(one, result.details["verdicts"][f"{setting}, {one}"]).items()
-        }
+        verdicts = {one: result.details["verdicts"][f"{setting}, {one}"] for one in classes}
+        right[setting] = _right(verdicts)
         assert len(right[setting]) == sum(n for _, n in counts.values())
     frame = pd.DataFrame(rows)
     frame.insert(0, "setting", settings)
@@ -253,21 +259,29 @@ def table(result: Result) -> pd.DataFrame:
     return frame
 
 
-def _strata(verdicts: dict[tuple, int]) -> pd.Series:
-    """Verdicts with their keys as index, in the order of class and measure."""
-    index = pd.MultiIndex.from_tuples(verdicts, names=["class", "measure", "prompt", "seed"])
-    return pd.Series(list(verdicts.values()), index, dtype=float)
+def _right(verdicts: dict[str, dict]) -> pd.Series:
+    """1 where the picture shows what it should, of the erased anything else; by class, measure, prompt and seed.
+    verdicts: of each class, as `Run.verdicts` gives them.
+    """
+    found = {
+        (one, name, *picture): float(seen == (name == "Acc_s"))
+        for one, of in verdicts.items()
+        for name in RATES
+        for picture, seen in by_picture(of[name]).items()
+    }
+    index = pd.MultiIndex.from_tuples(found, names=["class", "measure", "prompt", "seed"])
+    return pd.Series(list(found.values()), index)
 
 
-def _mean(verdicts: dict[tuple, int]) -> float:
-    return float(_strata(verdicts).groupby(level=["class", "measure"]).mean().mean())
+def _mean(right: pd.Series) -> float:
+    return float(right.groupby(level=["class", "measure"]).mean().mean())
 
 
-def _paired(a: dict[tuple, int], b: dict[tuple, int]) -> dict:
+def _paired(a: pd.Series, b: pd.Series) -> dict:
     """{difference, low, high, p} of `_mean`, b - a, prompts resampled within each class and measure, so that every
     resample has the same mixture; as many pictures may differ unseen as Wilson's bound of 0 of all allows.
     """
-    differences, generator = _strata(b) - _strata(a), np.random.default_rng(0)
+    differences, generator = b - a, np.random.default_rng(0)
     parts = [
         metrics.clustered(part.to_numpy(), [part.index.get_level_values("prompt")], generator)
         for _, part in differences.groupby(level=["class", "measure"], sort=False)
@@ -277,19 +291,8 @@ def _paired(a: dict[tuple, int], b: dict[tuple, int]) -> dict:
     if not differences.any():
         high = metrics.rate(0, len(differences))["high"]
         low = -high
-    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    p = min(1.0, 2 * (beyond + 1) / (len(resampled) + 1))
-    return {"difference": _mean(b) - _mean(a), "low": float(low), "high": float(high), "p": p}
-
-
-def _right(erased: str, verdicts: dict) -> dict[tuple, int]:
-    """{(class, measure, prompt, seed): 1 where the picture shows what it should, of the erased anything else}."""
-    return {
-        (erased, name, prompt, seed): int(seen == ("1" if name == "Acc_s" else "0"))
-        for name in RATES
-        for prompt, of in verdicts[name].items()
-        for seed, seen in zip(of["seeds"], of["seen"], strict=True)
-    }
+    about = {"difference": _mean(differences), "low": float(low), "high": float(high)}
+    return about | {"p": metrics.two_sided(resampled)}
 
 
 def still_true(old: Result, new: Result, trial: Trial) -> bool:

@@ -4,9 +4,9 @@
 
 Every attack gets the same attempts: the concept's prompts with seeds 0, 1, ... Attempts of one caption are not
 independent, and those of one seed even less: some noise looks like a dog to begin with. So every attempt may have a
-seed of its own. The pictures that an attacker
-needs are drawn by the model before the erasure (UnlearnDiffAtk, P4D), as the papers do it, or are real emoji, placed at
-random (textual inversion, latent inversion; for fine-tuning, of everything but the concept).
+seed of its own. The pictures that an attacker needs are drawn by the model before the erasure (UnlearnDiffAtk, P4D), as
+the papers do it, or are real emoji, placed at random (textual inversion, latent inversion; for fine-tuning, of
+everything but the concept).
 """
 
 import inspect
