@@ -28,10 +28,10 @@ def test_nothing_that_a_table_is_about_is_searched_on():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_the_same_budget_and_its_preset_first(method):
-    base, settings = METHODS[method].PRESETS["emoji"], search.SEARCHED[method]
+def test_every_method_has_the_same_budget_and_what_stood_before_first(method):
+    base, settings = search.before(method), search.SEARCHED[method]
     configs = [replace(base, **changes) for changes in settings.values()]
-    assert list(settings)[0] == "preset" and configs[0] == base
+    assert list(settings)[0] == "before" and configs[0] == base
     assert len(set(map(repr, configs))) == len(configs) == 6 and search.SEARCHED.keys() == METHODS.keys()
     labels = Counter(trial.label for trial in search.trials(method))
     assert len(labels) == 6 * len(search.ERASED) and {*labels.values()} == {1}
@@ -57,10 +57,10 @@ def test_every_method_has_the_same_budget_and_its_preset_first(method):
 )  # fmt: skip
 def test_a_setting_of_the_authors_is_theirs(method, setting, preset, but):
     module = METHODS[method]
-    tried = asdict(replace(module.PRESETS["emoji"], **search.SEARCHED[method][setting]))
+    tried = asdict(replace(search.before(method), **search.SEARCHED[method][setting]))
     theirs = asdict(module.PRESETS[preset])
     assert {name for name in theirs if tried[name] != theirs[name]} <= {*but}
-    assert tried != asdict(module.PRESETS["emoji"])  # the control
+    assert tried != asdict(search.before(method))  # the control
 
 
 def test_what_the_paper_is_about_is_no_setting():
@@ -90,7 +90,7 @@ def test_the_quick_protocol_asks_as_the_object_protocol_does():
 ROLES = {"target": "Acc_e", "other": "Acc_s", "synonym": "Acc_g"}
 
 
-def made_up(seen, settings=("preset", "another"), rule=True) -> records.Result:
+def made_up(seen, settings=("before", "another"), rule=True) -> records.Result:
     """A file of two classes with the real prompts. seen(setting, class, role, i): whether the judge sees what picture
     i of the role asks for.
     """
@@ -119,12 +119,12 @@ def made_up(seen, settings=("preset", "another"), rule=True) -> records.Result:
 
 
 def test_the_rule_chooses_and_pairs_say_whether_it_is_told():
-    """By name nothing is left after both; by synonym the preset leaves all, and a third setting one less."""
+    """By name nothing is left after both; by synonym what stood before leaves all, and a third setting one less."""
     seen = lambda setting, one, role, i: (
-        role == "other" or role == "synonym" and (setting == "preset" or setting == "luck" and i > 0)
+        role == "other" or role == "synonym" and (setting == "before" or setting == "luck" and i > 0)
     )
-    found = search.table(made_up(seen, ("preset", "better", "luck")))
-    assert found["setting"].tolist() == ["preset", "better", "luck"]
+    found = search.table(made_up(seen, ("before", "better", "luck")))
+    assert found["setting"].tolist() == ["before", "better", "luck"]
     assert found["chosen"].tolist() == [False, True, False]
     assert (
         found["Acc_s"][0] == rate(90, 90)
@@ -152,7 +152,7 @@ def test_of_equals_the_first_is_chosen():
 
 def test_where_nothing_is_searched_nothing_is_chosen():
     good = lambda setting, one, role, i: role == "other"
-    alone = search.table(made_up(good, ("preset",), rule=False))
+    alone = search.table(made_up(good, ("before",), rule=False))
     assert "chosen" not in alone and alone["H_o"].tolist() == [1]
     whole = made_up(good)
     part = replace(whole, edits={k: v for k, v in whole.edits.items() if k != "another, bus"})
@@ -198,13 +198,13 @@ def test_a_search_goes_on(tmp_path, monkeypatch, capsys):
     assert "answers another question" in capsys.readouterr().err
     assert list(records.read(tmp_path / "a.json").edits) == labels
     search.main(["uce", "--setting", "lam 1", "--out", str(tmp_path / "b.json")])
-    ten = [f"{setting}, {name}" for setting in ("preset", "lam 1") for name in CIFAR]
+    ten = [f"{setting}, {name}" for setting in ("before", "lam 1") for name in CIFAR]
     assert list(records.read(tmp_path / "b.json").edits) == ten == done[14:]
 
 
 def test_what_is_the_same_everywhere_has_no_width():
     """Nothing but the pictures by name differs, and all of these do: no resample has another mixture of kinds."""
-    seen = lambda setting, one, role, i: role == "other" or role == "target" and setting == "preset"
+    seen = lambda setting, one, role, i: role == "other" or role == "target" and setting == "before"
     found = search.table(made_up(seen)).iloc[1]
     assert found["difference"] == pytest.approx(1 / 3)
     assert (found["low"], found["high"]) == pytest.approx((1 / 3, 1 / 3)) and found["p"] < 0.01
@@ -249,8 +249,8 @@ def test_a_training_has_a_folder_and_a_seed_of_its_own(method, monkeypatch, tmp_
     "arguments, message",
     [
         (["uce", "--seeds", "dog"], "uce is not trained"),
-        (["uce", "--setting", "lam 7"], "no setting lam 7: there are preset; "),
-        (["esd", "--seeds", "dog", "--setting", "preset"], "settings or seeds"),
+        (["uce", "--setting", "lam 7"], "no setting lam 7: there are before; "),
+        (["esd", "--seeds", "dog", "--setting", "before"], "settings or seeds"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(arguments, message, capsys, tmp_path):
@@ -269,9 +269,9 @@ def test_committed_searches_are_whole_and_of_today_s_settings(name):
         seeds = found.erased[0]
     elif "rule" in found.details:
         assert found.details["rule"] == search.RULE and tuple(found.details["classes"]) == DEVELOPMENT
-    else:  # on the ten classes: the preset, and what the search chose
+    else:  # on the ten classes: what stood before, and what the search chose
         searched = search.table(FILES[f"search_{method}"])
-        on_ten = ("preset", *searched["setting"][searched["chosen"]])
+        on_ten = ("before", *searched["setting"][searched["chosen"]])
         assert told["setting"].tolist() == list(dict.fromkeys(on_ten))
     trials = search.trials(method, on_ten, seeds)
     assert {label: made.config for label, made in found.edits.items()} == {
@@ -280,6 +280,18 @@ def test_committed_searches_are_whole_and_of_today_s_settings(name):
     assert {(m.edit, m.hash) for m in found.measurements} == {
         (one.label, one.protocol.hash) for one in trials
     }
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if f"search_{name}" in FILES])
+def test_a_preset_is_what_the_search_chose_and_told_better(method):
+    """The control: what stood before is another setting wherever the preset was changed, and there alone."""
+    found = search.table(FILES[f"search_{method}"])
+    chosen = found[found["chosen"]].iloc[0]
+    better = chosen["p"] <= 0.05 and chosen["difference"] > 0  # p of what stood before is NaN
+    changes = search.SEARCHED[method][chosen["setting"]] if better and method not in search.STANDS else {}
+    preset, before = METHODS[method].PRESETS["emoji"], search.before(method)
+    assert preset == replace(before, **changes) and bool(changes) == (method in search.BEFORE)
+    assert better or method not in search.STANDS
 
 
 UNTRAINED = [method for method in METHODS if method not in search.TRAINED]
