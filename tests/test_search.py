@@ -294,6 +294,18 @@ def test_a_preset_is_what_the_search_chose_and_told_better(method):
     assert better or method not in search.STANDS
 
 
+@pytest.mark.parametrize(
+    "path", sorted((records.RESULTS / "before").glob("*.json")), ids=lambda path: path.stem
+)
+def test_a_file_of_before_has_the_preset_of_before_and_the_protocol_of_today(path):
+    old, new = records.read(path), records.read(path.stem)
+    method = old.edit.method
+    for found, config in ((old, search.before(method)), (new, METHODS[method].PRESETS["emoji"])):
+        assert found.edit.config == records.plain(asdict(config))
+    asked = lambda found: {(m.measure, m.protocol, m.hash) for m in found.measurements}
+    assert asked(old) == asked(new) and old.edit.digest != new.edit.digest
+
+
 UNTRAINED = [method for method in METHODS if method not in search.TRAINED]
 
 

@@ -269,7 +269,7 @@ def test_committed_results_are_sound_and_the_same_as_themselves(tmp_path, capsys
     """The command as it is typed: it writes nothing, and nothing where a file is cut short."""
     for name, result in COMMITTED.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    before = {path: path.read_bytes() for path in RESULTS.iterdir()}
+    before = {path: path.read_bytes() for path in RESULTS.rglob("*.json")}
     with pytest.raises(SystemExit) as end:
         cli.main(["promote", *map(str, sorted(tmp_path.glob("*.json"))), "--write"])
     lines = capsys.readouterr().out.splitlines()
@@ -280,7 +280,7 @@ def test_committed_results_are_sound_and_the_same_as_themselves(tmp_path, capsys
     with pytest.raises(SystemExit) as end:
         cli.main(["promote", str(half), "--write"])
     assert end.value.code == 2 and "refused  uce_church.json" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
+    assert {path: path.read_bytes() for path in RESULTS.rglob("*.json")} == before
 
 
 # Cells that draw with the same model at once

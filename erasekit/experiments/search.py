@@ -12,9 +12,9 @@ setting: how many rounds RECE makes and how AdvUnlearn's attacker works is not s
 choose none. (RECE's authors make one round on objects: that setting alone has fewer. DP's authors differ from the
 preset for names of several tokens alone.)
 
-With --setting what stood before and these settings are measured on the ten classes instead. With --seeds a class of the
-ten is erased by the preset, trained anew with generators 0, 1 and 2, and measured by `protocols.quick` with 100 pictures of
-each kind. What is done is kept: an interrupted call goes on.
+With --setting what stood before and these settings are measured on the ten classes instead. With --seeds a class of
+the ten is erased by the preset, trained anew with generators 0, 1 and 2, and measured by `protocols.quick` with 100
+pictures of each kind. What is done is kept: an interrupted call goes on.
 """
 
 import argparse
