@@ -24,6 +24,7 @@ include_patterns = [
     "README.md",
     "CONTRIBUTING.md",
     "docs/api/*.md",
+    "docs/models.md",
     "docs/glossary.md",
     "notebooks/*.ipynb",
     "data/LICENSES.md",

@@ -507,7 +507,7 @@ def test_steps_of_sdxl(name):
 
 
 FORMS = ("bf16", "fp8", "int8", "int4", "int3")
-SAID = {  # rows of the README: steps
+SAID = {  # rows of docs/models.md: steps
     "used as it is": ["as it is"],
     "averaged half and half with the unedited model": ["averaged with the unedited, 50% edited"],
     "the same with a fine-tuned sibling of it": ["averaged with a fine-tuned sibling, half each"],
@@ -522,9 +522,9 @@ SAID = {  # rows of the README: steps
 }  # fmt: skip
 
 
-def test_the_readme_says_what_edits_survive():
+def test_the_docs_say_what_edits_survive():
     table = (
-        (ROOT / "README.md").read_text().partition("\n| done to the edited model | ")[2].partition("\n\n")[0]
+        (ROOT / "docs/models.md").read_text().partition("\n| done to the edited model | ")[2].partition("\n\n")[0]
     )
     head, _, *rows = table.splitlines()
     methods = {name: key for key, name in METHOD_NAMES.items()}
