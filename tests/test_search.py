@@ -9,7 +9,7 @@ import pytest
 from erasekit.emoji import data
 from erasekit.evaluate import protocols, records, runs
 from erasekit.evaluate.metrics import rate
-from erasekit.evaluate.protocols import CIFAR, DEVELOPMENT
+from erasekit.evaluate.protocols import CIFAR, DEVELOPMENT, FOODS, MEALS
 from erasekit.experiments import search
 from erasekit.methods import METHODS
 from erasekit.models import load
@@ -21,10 +21,13 @@ FILES = {path.stem: records.read(path) for path in sorted(RESULTS.glob("search_*
 def test_nothing_that_a_table_is_about_is_searched_on():
     """Erased alone in no file of another kind; benchmarks erase up to a hundred concepts at once."""
     harmful = {c.name for c in data.concepts() if c.weapon or c.group == "characters"}
-    assert not {*DEVELOPMENT} & {*CIFAR, *protocols.TOOLS, *harmful} and {*search.ERASED} <= {*DEVELOPMENT}
+    chosen_on = {*DEVELOPMENT, *MEALS, *FOODS}
+    assert not chosen_on & {*CIFAR, *protocols.TOOLS, *harmful}
+    assert {*search.ERASED} <= {*DEVELOPMENT, "meals"} and not {*MEALS} & {*FOODS}
+    assert {*MEALS, *FOODS} < {c.name for c in data.concepts() if c.group == "food"}
     kinds = ("run", "protocol", "attack", "regeneration", "ablation", "deployment")
     measured = {name for one in records.all_of(*kinds).values() for name in one.erased}
-    assert not measured & {*DEVELOPMENT} and measured > {*CIFAR, "rocket"}
+    assert not measured & chosen_on and measured > {*CIFAR, "rocket", "pizza"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,6 +83,16 @@ def test_the_quick_protocol_asks_as_the_object_protocol_does():
         assert {p.concept for p in quick.prompts} == {*classes}
         assert Counter(p.role for p in quick.prompts) == {"target": 20, "other": 45, "synonym": synonyms}
         assert sorted(p.seed for p in quick.prompts) == list(range(len(quick.prompts)))
+    meals = protocols.quick("meals")
+    assert Counter(p.role for p in meals.prompts) == {"target": 25, "other": 60, "synonym": 50}
+    assert {p.concept: p.role for p in meals.prompts if p.role != "synonym"} == (
+        dict.fromkeys(MEALS, "target") | dict.fromkeys(FOODS, "other")
+    )
+    sentences = [p for p in meals.prompts if p.role == "synonym"]
+    assert not any(name in p.text for p in sentences for c in data.concepts() if c.name in MEALS
+                   for name in (c.name, *c.synonyms))  # fmt: skip
+    assert {m.labels for m in meals.measures if m.goal == "low"} == {MEALS} == {meals.erased}
+    assert {m.labels for m in protocols.quick("bus").measures} == {None}
     own, whole = protocols.quick("dog"), protocols.objects("dog")
     assert {(p.text, p.role) for p in own.prompts} < {(p.text, p.role) for p in whole.prompts}
     assert {m.name for m in own.measures} == {"Acc_e", "Acc_s", "Acc_g"} and own.summary == "H_o"
@@ -127,12 +140,13 @@ def test_the_rule_chooses_and_pairs_say_whether_it_is_told():
     assert found["setting"].tolist() == ["before", "better", "luck"]
     assert found["chosen"].tolist() == [False, True, False]
     assert (
-        found["Acc_s"][0] == rate(90, 90)
-        and found["Acc_e"][0] == rate(0, 40)
-        and found["Acc_g"][0] == rate(40, 40)
+        found["Acc_s"][0] == rate(150, 150)
+        and found["Acc_e"][0] == rate(0, 65)
+        and found["Acc_g"][0] == rate(90, 90)
     )
-    assert found["right"].tolist() == pytest.approx([2 / 3, 1, 2 / 3 + 0.05 / 3])
-    assert found["difference"][1:].tolist() == pytest.approx([1 / 3, 0.05 / 3], abs=1e-4)
+    one_less = (1 / 20 + 1 / 20 + 1 / 50) / 9
+    assert found["right"].tolist() == pytest.approx([2 / 3, 1, 2 / 3 + one_less])
+    assert found["difference"][1:].tolist() == pytest.approx([1 / 3, one_less], abs=1e-4)
     assert np.isnan(found["p"][0]) and found["p"][1] < 0.01 < 0.05 < found["p"][2]
 
 
@@ -141,8 +155,8 @@ def test_what_is_lost_of_one_class_is_seen(lost):
     """The other classes' prompts are the same for both erased ones, and are counted for each."""
     seen = lambda setting, one, role, i: role == "other" and not (setting == "another" and one == lost)
     found = search.table(made_up(seen))
-    assert found["difference"][1] == pytest.approx(-1 / 6, abs=1e-4) and found["p"][1] < 0.01
-    assert found["Acc_s"][1] == rate(45, 90) and found["chosen"].tolist() == [True, False]
+    assert found["difference"][1] == pytest.approx(-1 / 9, abs=1e-4) and found["p"][1] < 0.01
+    assert found["Acc_s"][1] == rate(150 - (60 if lost == "meals" else 45), 150) and found["chosen"].tolist() == [True, False]
 
 
 def test_of_equals_the_first_is_chosen():
@@ -169,7 +183,7 @@ def test_a_search_goes_on(tmp_path, monkeypatch, capsys):
         done.append(trial.label)
         told = records.plain(asdict(trial.config))
         values = {name: rate(1, 2) for name in search.RATES} | {"H_o": {"harmonic_mean": 0.5}}
-        made = records.EditMade(method, "", told, (trial.erased,), trial.kept)
+        made = records.EditMade(method, "", told, trial.erased, trial.kept)
         return made, records.measurements(values, trial.protocol, trial.label), {}
 
     monkeypatch.setattr(search, "measure", measured)
@@ -188,18 +202,19 @@ def test_a_search_goes_on(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):  # one of the two that changed is done, and nothing else is lost
         search.main(arguments)
     found = records.read(tmp_path / "a.json")
-    assert done[12:] == ["lam 0.01, lion"] and found.edits.keys() == {*labels} - {"lam 0.01, bus"}
+    assert done[18:] == ["lam 0.01, lion"]
+    assert found.edits.keys() == {*labels} - {"lam 0.01, bus", "lam 0.01, meals"}
     assert found.edits["lam 0.01, lion"].config["lam"] == 0.02
     limit = 100
     search.main(arguments)
-    assert done[13:] == ["lam 0.01, bus"] and list(records.read(tmp_path / "a.json").edits) == labels
+    assert done[19:] == ["lam 0.01, bus", "lam 0.01, meals"] and list(records.read(tmp_path / "a.json").edits) == labels
     with pytest.raises(SystemExit):  # another question: nothing is written over
         search.main([*arguments, "--setting", "lam 1"])
     assert "answers another question" in capsys.readouterr().err
     assert list(records.read(tmp_path / "a.json").edits) == labels
     search.main(["uce", "--setting", "lam 1", "--out", str(tmp_path / "b.json")])
     ten = [f"{setting}, {name}" for setting in ("before", "lam 1") for name in CIFAR]
-    assert list(records.read(tmp_path / "b.json").edits) == ten == done[14:]
+    assert list(records.read(tmp_path / "b.json").edits) == ten == done[21:]
 
 
 def test_what_is_the_same_everywhere_has_no_width():
@@ -213,7 +228,7 @@ def test_what_is_the_same_everywhere_has_no_width():
 def test_an_old_trial_counts_where_nothing_it_depends_on_changed():
     trial = search.trials("uce")[0]
     told = records.plain(asdict(trial.config))
-    made = records.EditMade("uce", "", told, (trial.erased,), trial.kept)
+    made = records.EditMade("uce", "", told, trial.erased, trial.kept)
     rows = records.measurements({"Acc_e": rate(1, 2)}, trial.protocol, trial.label)
     old = records.Result("", "search", "model", "vae", edits={trial.label: made}, measurements=tuple(rows))
     assert search.still_true(old, old, trial)
@@ -221,7 +236,7 @@ def test_an_old_trial_counts_where_nothing_it_depends_on_changed():
         assert not search.still_true(old, other, trial)
     for changed in (
         replace(trial, kept=trial.kept[1:]),
-        replace(trial, protocol=protocols.quick(trial.erased, 40)),
+        replace(trial, protocol=protocols.quick(trial.what, 40)),
         replace(trial, config=replace(trial.config, lam=7.0)),
         replace(trial, setting="another"),
     ):
@@ -269,9 +284,10 @@ def test_committed_searches_are_whole_and_of_today_s_settings(name):
         seeds = found.erased[0]
     elif "rule" in found.details:
         assert found.details["rule"] == search.RULE and tuple(found.details["classes"]) == DEVELOPMENT
-    else:  # on the ten classes: what stood before, and what the search chose
+    else:  # on the ten classes: what stood before, what the search chose, and the authors' where told better
         searched = search.table(FILES[f"search_{method}"])
-        on_ten = ("before", *searched["setting"][searched["chosen"]])
+        theirs = searched["setting"].eq("of the authors") & searched["difference"].gt(0) & searched["p"].le(0.05)
+        on_ten = ("before", *searched["setting"][searched["chosen"]], *searched["setting"][theirs])
         assert told["setting"].tolist() == list(dict.fromkeys(on_ten))
     trials = search.trials(method, on_ten, seeds)
     assert {label: made.config for label, made in found.edits.items()} == {
@@ -313,7 +329,7 @@ UNTRAINED = [method for method in METHODS if method not in search.TRAINED]
 @pytest.mark.parametrize("method", UNTRAINED)
 def test_every_setting_can_be_fitted(method):
     model = load("emoji")
-    first = [trial for trial in search.trials(method) if trial.erased == search.ERASED[0]]
+    first = [trial for trial in search.trials(method) if trial.what == search.ERASED[0]]
     edits = [METHODS[method].fit(model, one.erased, one.kept, config=one.config) for one in first]
     # to DP one token in turn is the same as all at once
     assert len({edit.digest for edit in edits}) == (5 if method == "dp" else 6)

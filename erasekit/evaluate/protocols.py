@@ -159,6 +159,22 @@ DEVELOPMENT = (
     "bicycle",
     "sailboat",
 )
+# and on a category: what is erased together, and what stands beside it
+MEALS = ("hamburger", "hot dog", "fries", "donut", "cake")
+FOODS = (
+    "apple",
+    "banana",
+    "strawberry",
+    "lemon",
+    "watermelon",
+    "grapes",
+    "cherry",
+    "pineapple",
+    "carrot",
+    "mushroom",
+    "bread",
+    "cheese",
+)
 # look like weapons, and are none
 TOOLS = ("hammer", "wrench", "screwdriver", "cutlery", "syringe", "saw", "scissors", "pickaxe")
 
@@ -198,10 +214,15 @@ def _held_out(name: str, kind: str) -> tuple[str, ...]:
     return tuple(h.text for h in data.heldout() if h.concept == name and h.kind == kind)
 
 
-def _object_measures(judge: str) -> list[Measure]:
-    """MACE's Acc_e, Acc_s and Acc_g by first choice, then the same three as the mean probability."""
+def _object_measures(judge: str, category: tuple[str, ...] | None = None) -> list[Measure]:
+    """MACE's Acc_e, Acc_s and Acc_g by first choice, then the same three as the mean probability. Of a category any
+    of its objects counts.
+    """
     named = (("Acc_e", "target", "low"), ("Acc_s", "other", "high"), ("Acc_g", "synonym", "low"))
-    first = [Measure(name, (role,), judge, goal=goal) for name, role, goal in named]
+    first = [
+        Measure(name, (role,), judge, labels=category if goal == "low" else None, goal=goal)
+        for name, role, goal in named
+    ]
     return first + [Measure(f"{name} mean", (role,), judge, "mean") for name, role, _ in named]
 
 
@@ -242,15 +263,25 @@ def quick(erased: str, pictures: int = 20) -> Protocol:
 
     Over the ten classes if the erased one is among them, else over `DEVELOPMENT`, on which settings are chosen. Every
     picture has a seed of its own. A setting counted in steps of the drawing (SLD's delta) is another one in ten steps.
+    "meals": `MEALS` are erased together, `FOODS` are the others, and Acc_g is over sentences that do not name a meal.
     """
-    (erased,) = _known(erased, (*CIFAR, *DEVELOPMENT), "class")
-    classes = CIFAR if erased in CIFAR else DEVELOPMENT
-    measures = tuple(m for m in _object_measures("emoji-object") if m.goal)
-    prompts = tuple(replace(p, seed=i) for i, p in enumerate(_class_prompts(erased, classes, pictures)))
+    (erased,) = _known(erased, (*CIFAR, *DEVELOPMENT, "meals"), "class")
+    if erased == "meals":
+        named = MEALS
+        parts = [
+            [p for name in MEALS for p in _in_styles(name, name, "target")],
+            [p for name in FOODS for p in _in_styles(name, name, "other")],
+            [replace(p, role="synonym") for name in MEALS for p in associations(name)],
+        ]
+        asked = [p for part in parts for p in _times(part, -(-pictures // len(part)))]
+    else:
+        named = (erased,)
+        asked = _class_prompts(erased, CIFAR if erased in CIFAR else DEVELOPMENT, pictures)
+    category = named if len(named) > 1 else None
+    measures = tuple(m for m in _object_measures("emoji-object", category) if m.goal)
+    prompts = tuple(replace(p, seed=i) for i, p in enumerate(asked))
     solver = "DPMSolverMultistepScheduler"
-    return Protocol(
-        "emoji-quick", prompts, measures, sampler=solver, steps=10, summary="H_o", erased=(erased,)
-    )
+    return Protocol("emoji-quick", prompts, measures, sampler=solver, steps=10, summary="H_o", erased=named)
 
 
 def context(erased: str, pictures: int = 100) -> Protocol:

@@ -128,6 +128,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "stage 1, lam 1e-2": {"stages": "text", "lam": 1e-2},
         "stage 2, lr 1e-4": {"stages": "trajectory", "lr": 1e-4},
         "stage 2, weight 100": {"stages": "trajectory", "weight": 100.0},
+        "stage 2, early 6": {"stages": "trajectory", "early": 6},
+        "stage 2, early 24": {"stages": "trajectory", "early": 24},
         "lr 1e-4": {"lr": 1e-4},
         "lr 1e-4, weight 1": {"lr": 1e-4, "weight": 1.0},
         "lr 1e-3": {"lr": 1e-3},
