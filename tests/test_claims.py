@@ -191,7 +191,7 @@ def test_both_cells_of_a_claim_are_of_the_same_prompts(tested):
             parts = claims.parts(cells)
             of = {(f, e, m): records.read(f) for f, e, m, _ in parts}
             sides.append(
-                {(m.protocol, m.hash) for (f, e, name), result in of.items()
+                {(m.protocol, m.hash[:8]) for (f, e, name), result in of.items()  # old rows have eight digits
                  for m in result.measurements if (m.edit, m.measure) == (e, name)}
             )  # fmt: skip
         assert sides[0] == sides[1] or one.claim in different, one.claim
