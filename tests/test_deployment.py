@@ -524,7 +524,10 @@ SAID = {  # rows of docs/models.md: steps
 
 def test_the_docs_say_what_edits_survive():
     table = (
-        (ROOT / "docs/models.md").read_text().partition("\n| done to the edited model | ")[2].partition("\n\n")[0]
+        (ROOT / "docs/models.md")
+        .read_text()
+        .partition("\n| done to the edited model | ")[2]
+        .partition("\n\n")[0]
     )
     head, _, *rows = table.splitlines()
     methods = {name: key for key, name in METHOD_NAMES.items()}

@@ -86,7 +86,13 @@ def broken(path: Path) -> list[str]:
     return found
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/models.md", *sorted((ROOT / "data").rglob("*.md")), *API]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "docs/models.md",
+    *sorted((ROOT / "data").rglob("*.md")),
+    *API,
+]
 PAGES += sorted(NOTEBOOKS.glob("*.ipynb"))
 
 

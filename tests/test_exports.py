@@ -388,7 +388,9 @@ def test_two_loras_with_weights_add_fused_or_not(export, tmp_path):
 
 def test_the_docs_say_what_other_tools_made_of_the_exports():
     details = records.read("benchmark_consumers").details
-    table = (ROOT / "docs/models.md").read_text().partition("\n| read by | ")[2].partition("\n\n")[0].splitlines()
+    table = (
+        (ROOT / "docs/models.md").read_text().partition("\n| read by | ")[2].partition("\n\n")[0].splitlines()
+    )
     said = [tuple(line.strip(" |").split(" | ")) for line in table[2:]]
     expected = []
     for tool, one in details["consumers"].items():

@@ -358,7 +358,11 @@ def test_in_single_precision(method, device, targets, folder, monkeypatch):
 
 def test_the_docs_say_what_was_timed_against_the_loops():
     made = records.read("benchmark_against_literal").details["methods"]
-    table = (ROOT / "docs/models.md").read_text().partition("\n| | published loop | here | times | by what |\n")[2]
+    table = (
+        (ROOT / "docs/models.md")
+        .read_text()
+        .partition("\n| | published loop | here | times | by what |\n")[2]
+    )
     said = [line.strip("| ").split(" | ")[:4] for line in table.partition("\n\n")[0].splitlines()[1:]]
     numbers = [[f"{x:.3g}" for x in (one["loop"]["seconds"], one["product"]["seconds"], one["ratio"])]
                for one in (made[name] for name in ("esd", "advunlearn", "trce", "unlearndiff"))]  # fmt: skip

@@ -104,7 +104,7 @@ ROLES = {"target": "Acc_e", "other": "Acc_s", "synonym": "Acc_g"}
 
 
 def made_up(seen, settings=("before", "another"), rule=True) -> records.Result:
-    """A file of two classes with the real prompts. seen(setting, class, role, i): whether the judge sees what picture
+    """A file of all concepts with the real prompts. seen(setting, class, role, i): whether the judge sees what picture
     i of the role asks for.
     """
     edits, rows, kept = {}, [], {}
@@ -152,11 +152,13 @@ def test_the_rule_chooses_and_pairs_say_whether_it_is_told():
 
 @pytest.mark.parametrize("lost", search.ERASED)
 def test_what_is_lost_of_one_class_is_seen(lost):
-    """The other classes' prompts are the same for both erased ones, and are counted for each."""
+    """Lion and bus share the prompts of other classes, which are counted for each."""
     seen = lambda setting, one, role, i: role == "other" and not (setting == "another" and one == lost)
     found = search.table(made_up(seen))
     assert found["difference"][1] == pytest.approx(-1 / 9, abs=1e-4) and found["p"][1] < 0.01
-    assert found["Acc_s"][1] == rate(150 - (60 if lost == "meals" else 45), 150) and found["chosen"].tolist() == [True, False]
+    assert found["Acc_s"][1] == rate(150 - (60 if lost == "meals" else 45), 150) and found[
+        "chosen"
+    ].tolist() == [True, False]
 
 
 def test_of_equals_the_first_is_chosen():
@@ -207,7 +209,10 @@ def test_a_search_goes_on(tmp_path, monkeypatch, capsys):
     assert found.edits["lam 0.01, lion"].config["lam"] == 0.02
     limit = 100
     search.main(arguments)
-    assert done[19:] == ["lam 0.01, bus", "lam 0.01, meals"] and list(records.read(tmp_path / "a.json").edits) == labels
+    assert (
+        done[19:] == ["lam 0.01, bus", "lam 0.01, meals"]
+        and list(records.read(tmp_path / "a.json").edits) == labels
+    )
     with pytest.raises(SystemExit):  # another question: nothing is written over
         search.main([*arguments, "--setting", "lam 1"])
     assert "answers another question" in capsys.readouterr().err
@@ -286,7 +291,9 @@ def test_committed_searches_are_whole_and_of_today_s_settings(name):
         assert found.details["rule"] == search.RULE and tuple(found.details["classes"]) == DEVELOPMENT
     else:  # on the ten classes: what stood before, what the search chose, and the authors' where told better
         searched = search.table(FILES[f"search_{method}"])
-        theirs = searched["setting"].eq("of the authors") & searched["difference"].gt(0) & searched["p"].le(0.05)
+        theirs = (
+            searched["setting"].eq("of the authors") & searched["difference"].gt(0) & searched["p"].le(0.05)
+        )
         on_ten = ("before", *searched["setting"][searched["chosen"]], *searched["setting"][theirs])
         assert told["setting"].tolist() == list(dict.fromkeys(on_ten))
     trials = search.trials(method, on_ten, seeds)
