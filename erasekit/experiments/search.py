@@ -12,9 +12,9 @@ setting: how many rounds RECE makes and how AdvUnlearn's attacker works is not s
 choose none. (RECE's authors make one round on objects: that setting alone has fewer. DP's authors differ from the
 preset for names of several tokens alone.)
 
-A lion and a bus were searched first, and chose the presets. The category (meals, beside other food) came when weapons had
-shown that two classes alone do not see what a setting costs beside a category. It changed no preset; with it SPEED's
-"all tokens" is not told better any more, which had been an exception because of the ten classes.
+A lion and a bus were searched first, and chose the presets. The category (meals, beside other food) came when weapons
+had shown that two classes alone do not see what a setting costs beside a category. It changed no preset; with it
+SPEED's "all tokens" is not told better any more, which had been an exception because of the ten classes.
 
 With --setting what stood before and these settings are measured on the ten classes instead. With --seeds a class of
 the ten is erased by the preset, trained anew with generators 0, 1 and 2, and measured by `protocols.quick` with 100
