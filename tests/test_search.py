@@ -156,9 +156,8 @@ def test_what_is_lost_of_one_class_is_seen(lost):
     seen = lambda setting, one, role, i: role == "other" and not (setting == "another" and one == lost)
     found = search.table(made_up(seen))
     assert found["difference"][1] == pytest.approx(-1 / 9, abs=1e-4) and found["p"][1] < 0.01
-    assert found["Acc_s"][1] == rate(150 - (60 if lost == "meals" else 45), 150) and found[
-        "chosen"
-    ].tolist() == [True, False]
+    assert found["Acc_s"][1] == rate(150 - (60 if lost == "meals" else 45), 150)
+    assert found["chosen"].tolist() == [True, False]
 
 
 def test_of_equals_the_first_is_chosen():
@@ -209,10 +208,8 @@ def test_a_search_goes_on(tmp_path, monkeypatch, capsys):
     assert found.edits["lam 0.01, lion"].config["lam"] == 0.02
     limit = 100
     search.main(arguments)
-    assert (
-        done[19:] == ["lam 0.01, bus", "lam 0.01, meals"]
-        and list(records.read(tmp_path / "a.json").edits) == labels
-    )
+    assert done[19:] == ["lam 0.01, bus", "lam 0.01, meals"]
+    assert list(records.read(tmp_path / "a.json").edits) == labels
     with pytest.raises(SystemExit):  # another question: nothing is written over
         search.main([*arguments, "--setting", "lam 1"])
     assert "answers another question" in capsys.readouterr().err
