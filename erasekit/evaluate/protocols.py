@@ -236,7 +236,8 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
     and held out), and "elsewhere", every second of the concepts that are none of the ten, once.
     """
     (erased,) = _known(erased, CIFAR, "class")
-    prompts = _class_prompts(erased, CIFAR, pictures)
+    others = [name for name in CIFAR if name != erased]
+    prompts = _three_kinds((erased,), others, synonyms(erased), pictures)
     elsewhere = [c.name for c in data.concepts() if c.name not in CIFAR][::2]
     unnamed = associations(erased)
     prompts += unnamed
@@ -248,12 +249,14 @@ def objects(erased: str, pictures: int = 100) -> Protocol:
     return Protocol("emoji-objects", tuple(prompts), tuple(measures), summary="H_o", erased=(erased,))
 
 
-def _class_prompts(erased: str, classes: Sequence[str], pictures: int) -> list[Prompt]:
-    """The erased class by name, the others of `classes`, and the erased one's synonyms, at least `pictures` of each."""
+def _three_kinds(
+    erased: Sequence[str], others: Sequence[str], unnamed: Sequence[Prompt], pictures: int
+) -> list[Prompt]:
+    """The erased by name, the others, and what asks for the erased in other words, at least `pictures` of each."""
     parts = (
-        _in_styles(erased, erased, "target"),
-        [p for name in classes if name != erased for p in _in_styles(name, name, "other")],
-        synonyms(erased),
+        [p for name in erased for p in _in_styles(name, name, "target")],
+        [p for name in others for p in _in_styles(name, name, "other")],
+        unnamed,
     )
     return [p for part in parts for p in _times(part, -(-pictures // len(part)))]
 
@@ -267,18 +270,14 @@ def quick(erased: str, pictures: int = 20) -> Protocol:
     """
     (erased,) = _known(erased, (*CIFAR, *DEVELOPMENT, "meals"), "class")
     if erased == "meals":
-        named = MEALS
-        parts = [
-            [p for name in MEALS for p in _in_styles(name, name, "target")],
-            [p for name in FOODS for p in _in_styles(name, name, "other")],
-            [replace(p, role="synonym") for name in MEALS for p in associations(name)],
-        ]
-        asked = [p for part in parts for p in _times(part, -(-pictures // len(part)))]
+        named, others, category = MEALS, FOODS, MEALS
+        unnamed = [replace(p, role="synonym") for name in MEALS for p in associations(name)]
     else:
-        named = (erased,)
-        asked = _class_prompts(erased, CIFAR if erased in CIFAR else DEVELOPMENT, pictures)
-    category = named if len(named) > 1 else None
+        classes = CIFAR if erased in CIFAR else DEVELOPMENT
+        named, others, category = (erased,), [name for name in classes if name != erased], None
+        unnamed = synonyms(erased)
     measures = tuple(m for m in _object_measures("emoji-object", category) if m.goal)
+    asked = _three_kinds(named, others, unnamed, pictures)
     prompts = tuple(replace(p, seed=i) for i, p in enumerate(asked))
     solver = "DPMSolverMultistepScheduler"
     return Protocol("emoji-quick", prompts, measures, sampler=solver, steps=10, summary="H_o", erased=named)

@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 
 from erasekit.evaluate import metrics, runs, world
-from erasekit.evaluate.protocols import CIFAR, DEVELOPMENT, FOODS, Protocol, quick
+from erasekit.evaluate.protocols import CIFAR, DEVELOPMENT, Protocol, quick
 from erasekit.evaluate.records import (
     EditMade,
     Measurement,
@@ -219,20 +219,18 @@ def trials(method: str, settings: Sequence[str] = (), seeds: str | None = None) 
     this class; without either the search.
     """
     base = before(method)
-
-    def kept(one: str) -> tuple[str, ...]:
-        classes = CIFAR if one in CIFAR else DEVELOPMENT if one in DEVELOPMENT else FOODS
-        return tuple(name for name in classes if name != one) if method in KEEPS else ()
-
+    others = lambda asked: tuple(dict.fromkeys(p.concept for p in asked.prompts if p.role == "other"))
+    kept = lambda asked: others(asked) if method in KEEPS else ()
     if seeds:
         asked = quick(seeds, 100)
         preset = METHODS[method].PRESETS["emoji"]
-        return [Trial(f"seed {seed}", preset, seeds, kept(seeds), seed, asked) for seed in SEEDS]
+        return [Trial(f"seed {seed}", preset, seeds, kept(asked), seed, asked) for seed in SEEDS]
     named = dict.fromkeys(("before", *settings)) if settings else SEARCHED[method]
+    protocols = {one: quick(one) for one in (CIFAR if settings else ERASED)}
     return [
-        Trial(setting, replace(base, **SEARCHED[method][setting]), one, kept(one), 0, quick(one))
+        Trial(setting, replace(base, **SEARCHED[method][setting]), one, kept(asked), 0, asked)
         for setting in named
-        for one in (CIFAR if settings else ERASED)
+        for one, asked in protocols.items()
     ]
 
 
