@@ -73,7 +73,7 @@ def test_the_table_has_a_row_for_each_number_with_its_edit(result):
 
 
 def test_an_edit_is_told_by_the_settings_that_are_not_the_presets():
-    start = dataclasses.replace(METHODS["uce"].PRESETS["emoji"], lam=0.5)
+    start = dataclasses.replace(METHODS["rece"].PRESETS["emoji"].start, lam=0.5)
     assert (made().variant, made().label) == ("", "rece")
     assert (made(pairs="start").variant, made(pairs="start").label) == ("pairs=start", "rece-start")
     assert (made(epochs=7).variant, made(epochs=7).label) == ("epochs=7", "rece")

@@ -44,9 +44,6 @@ NO_REFINEMENT = {"lambda_1": 1e6}  # so much weight on what is kept that MACE's 
 of_code = lambda method, preset, *fields: {
     field: getattr(METHODS[method].PRESETS[preset], field) for field in fields
 }
-CODE_2023 = {"tokens": "last_to_end", "lam": 0.5} | dict.fromkeys(
-    ("templates", "preserve_templates"), ("{}",)
-)
 ONE_AT_A_TIME = {
     "batch": 1,
     "sampler": 50,
@@ -55,13 +52,17 @@ ONE_AT_A_TIME = {
 }  # ESD as its authors train it
 CODE_ADVUNLEARN = ("iterations", "lr", "batch", "warmup", "attack_steps", "alpha", "sampler")
 CODE_TRCE = ("iterations", "lr", "batch", "beta", "weight", "sampler", "early")
+OWN_UCE = {  # where RECE starts
+    name: getattr(METHODS["rece"].PRESETS["emoji"].start, name)
+    for name in ("tokens", "lam", "templates", "preserve_templates")
+}
 VARIANTS: dict[str, dict[str, dict]] = {
     "uce": {
         "UCE": {},
-        "tokens of the code": {"tokens": "last_to_end"},
-        "prompt of the code": {key: CODE_2023[key] for key in ("templates", "preserve_templates")},
-        "ridge of the code": {"lam": 0.5},
-        "settings of the code": CODE_2023,
+        "the word's last token": {"tokens": "last_subject"},
+        "captions": {"templates": EMOJI_CAPTIONS, "preserve_templates": EMOJI_CAPTIONS},
+        "ridge 0.1": {"lam": 0.1},
+        "all three, RECE's start": OWN_UCE,
     },
     "rece": {
         "RECE": {},
@@ -70,7 +71,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "one round, pairs of the start": {"epochs": 1, "pairs": "start"},
         "lam 1e-3": {"lam": 1e-3},  # without it, the rounds are singular
         "lam 1": {"lam": 1.0},
-        "settings of the code": {"start": replace(METHODS["uce"].PRESETS["emoji"], **CODE_2023), "epochs": 1},
+        "settings of the code": {"start": METHODS["uce"].PRESETS["sd14-object"], "epochs": 1},
     },
     "esd": {
         "ESD-x": {},

@@ -5,16 +5,17 @@
     python -m erasekit.experiments.search esd --seeds dog --out data/results/search_seeds_esd.json
 
 The budget is one for all methods: six settings of `SEARCHED`, first the preset "emoji" as it stood before the search,
-and the authors' where they are known and can be paid, on each class of `ERASED` by `protocols.quick`. The rule, which
-stands in the file: the highest mean H_o over the classes; of equals the one listed first. Where it is told better than
-what stood before (p, adjusted, at most 0.05) it is the preset now, or `STANDS` says why not. What makes a paper is no
-setting: how many rounds RECE makes and how AdvUnlearn's attacker works is not seen by H_o, and a search by it would
-choose none. (RECE's authors make one round on objects: that setting alone has fewer. DP's authors differ from the
-preset for names of several tokens alone.)
+and the authors' where they are known and can be paid, on each class of `ERASED` by `protocols.quick`. `RULE`, which
+stands in the file, chooses one. Where that is told better than what stood before (p, adjusted, at most 0.05) it is the
+preset now. What makes a paper is no setting: how many rounds RECE makes and how AdvUnlearn's attacker works is not seen
+by H_o, and a search by it would choose none. (RECE's authors make one round on objects: that setting alone has fewer.
+DP's authors differ from the preset for names of several tokens alone.)
 
 A lion and a bus were searched first, and chose the presets. The category (meals, beside other food) came when weapons
 had shown that two classes alone do not see what a setting costs beside a category. It changed no preset; with it
-SPEED's "all tokens" is not told better any more, which had been an exception because of the ten classes.
+SPEED's "all tokens" is not told better any more, which had been an exception because of the ten classes. UCE was the
+other exception: all tokens and the authors' settings were told better than ours, which stayed. For it the rule got its
+second half, when the ten classes had been measured too. For no other method does that half choose another setting.
 
 With --setting what stood before and these settings are measured on the ten classes instead. With --seeds a class of
 the ten is erased by the preset, trained anew with generators 0, 1 and 2, and measured by `protocols.quick` with 100
@@ -43,21 +44,27 @@ from erasekit.evaluate.records import (
     read,
     save,
 )
-from erasekit.experiments.ablation import CODE_2023, EQUAL, VARIANTS
+from erasekit.experiments.ablation import EQUAL, OWN_UCE, VARIANTS
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
 from erasekit.paths import BUILD
 from erasekit.settings import EMOJI_CAPTIONS
 
 ERASED = ("lion", "bus", "meals")  # an animal and a vehicle, as the ten are, and a category
-RULE = "the highest mean H_o; of equals the one listed first"
+RULE = (
+    "the highest mean H_o, of equals the one listed first; but the authors' where they are told better than what "
+    "stood before and the highest is not told better than they are"
+)
 KEEPS = ("uce", "rece", "dp", "speed", "oce")  # are told the other classes, as on the ten
 TRAINED = ("esd", "mace", "realera", "trce", "advunlearn")
 SEEDS = (0, 1, 2)
 RATES = ("Acc_e", "Acc_s", "Acc_g")
-BEFORE = {"adavd": {"b": 0.67}, "semantic_surgery": {"beta": 0.35}, "safree": {"alpha": 0.2}}
-STANDS = {
-    "uce": "RECE, attacks and ways of use were measured with it; its authors', told better too, stand beside it",
+LEVEL = 0.05
+BEFORE = {
+    "uce": OWN_UCE,
+    "adavd": {"b": 0.67},
+    "semantic_surgery": {"beta": 0.35},
+    "safree": {"alpha": 0.2},
 }
 OWN_CAPTIONS = ("templates", "steer_templates", "keep_templates", "preserve_templates")  # of the emoji world
 
@@ -77,7 +84,7 @@ def of_authors(method: str, preset: str, *left_out: str, **more) -> dict:
 SEARCHED: dict[str, dict[str, dict]] = {
     "uce": {
         "before": {},
-        "of the authors": CODE_2023,
+        "of the authors": of_authors("uce", "sd14-object"),
         "lam 0.01": {"lam": 0.01},
         "lam 1": {"lam": 1.0},
         "all tokens": {"tokens": "all"},
@@ -278,8 +285,19 @@ def table(result: Result) -> pd.DataFrame:
     if compared:
         frame.loc[1:, "p"] = metrics.holm(frame["p"][1:])
     if "rule" in result.details:
-        frame["chosen"] = frame.index == frame["H_o"].idxmax()
+        frame["chosen"] = frame.index == _chosen(frame, right)
     return frame
+
+
+def _chosen(frame: pd.DataFrame, right: dict[str, pd.Series]) -> int:
+    """The row that `RULE` chooses."""
+    highest, theirs = frame["H_o"].idxmax(), frame["setting"].str.contains("of the authors")
+    better = frame[theirs & frame["difference"].gt(0) & frame["p"].le(LEVEL)]
+    for row in better.sort_values("H_o", ascending=False).itertuples():
+        more = _paired(right[row.setting], right[frame["setting"][highest]])
+        if more["difference"] <= 0 or more["p"] > LEVEL:
+            return row.Index
+    return highest
 
 
 def _right(verdicts: dict[str, dict]) -> pd.Series:

@@ -44,7 +44,7 @@ from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import uce
 from erasekit.models import DiffusionModel
-from erasekit.settings import anchors, asked, warn_of_itself
+from erasekit.settings import EMOJI_CAPTIONS, anchors, asked, warn_of_itself
 from erasekit.text_entries import text_entries
 from erasekit.tuning import telling
 
@@ -86,8 +86,14 @@ class Config:
 
 
 PRESETS = {
-    # start: ours, for the captions of the emoji world; the rest as the authors have it for nudity
-    "emoji": Config(start=uce.PRESETS["emoji"], epochs=3, lam=0.1),
+    # start: ours, for the captions of the emoji world, tokens as in UCE's code of 2025; the rest as the authors have it
+    # for nudity
+    "emoji": Config(
+        start=uce.Config(
+            lam=0.1, tokens="last_subject", templates=EMOJI_CAPTIONS, preserve_templates=EMOJI_CAPTIONS
+        ),
+        epochs=3, lam=0.1,
+    ),
     # lambda and epochs of the authors' README; start: defaults of their UCE script
     "sd14-nudity": Config(start=uce.PRESETS["sd14-nudity"], epochs=3, lam=0.1),
     "sd14-unsafe": Config(

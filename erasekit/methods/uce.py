@@ -29,7 +29,7 @@ from erasekit.concepts import Concept, check_templates, fill
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
 from erasekit.prompt_rows import Tokens
-from erasekit.settings import EMOJI_CAPTIONS, about, anchors, apart, asked, warn_of_itself
+from erasekit.settings import about, anchors, apart, asked, warn_of_itself
 from erasekit.text_entries import spaces
 
 Entries = Literal["both", "sequence", "pooled"]
@@ -78,11 +78,9 @@ class Config:
 
 
 PRESETS = {
-    # ours, for the captions of the emoji world; tokens as in the code of 2025. With "all" less is left and more lost:
-    # data/results/search_ten_uce.json
-    "emoji": Config(
-        lam=0.1, tokens="last_subject", templates=EMOJI_CAPTIONS, preserve_templates=EMOJI_CAPTIONS
-    ),
+    # the authors', 2023. Ours (captions, the word's last token, a smaller ridge: where RECE starts) leave more, all
+    # tokens leave less and lose more: data/results/search_uce.json, search_ten_uce.json
+    "emoji": Config(),
     # erase_scale / preserve_scale / lamb and anchor: file names and defaults of the authors' code, 2023
     "sd14-object": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
     "sd14-nudity": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
