@@ -138,9 +138,8 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
             save(replace(result, details=result.details | {"radii": list(solved.values())}), given.out)
-    save(
-        replace(result, details=result.details | {"radii": rows}), given.out
-    )  # without those of edits of before
+    # without those of edits of before
+    save(replace(result, details=result.details | {"radii": rows}), given.out)
     result.details.update(radii=rows, order=order(rows))
     save(result, given.out)
     print(result.details["order"])

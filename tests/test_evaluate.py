@@ -812,24 +812,24 @@ def test_what_is_erased_became_something_else_or_nothing(finished, monkeypatch):
 
 
 def test_two_attacks_of_one_protocol_are_compared_in_pairs():
-    uce, trce, longer = (
+    mace, trce, longer = (
         records.read(name)
-        for name in ("attack_unlearndiff_uce_dog", "attack_unlearndiff_trce_dog", "unlearndiff_esd_dog")
+        for name in ("attack_unlearndiff_mace_dog", "attack_unlearndiff_trce_dog", "unlearndiff_esd_dog")
     )
-    counts = [one.value("attack", one.label) for one in (uce, trce)]
-    found = records.paired(uce, trce, "attack")
+    counts = [one.value("attack", one.label) for one in (mace, trce)]
+    found = records.paired(mace, trce, "attack")
     assert found["difference"] == pytest.approx((counts[1]["k"] - counts[0]["k"]) / 50)
-    seen = [records.verdicts(one, "attack") for one in (uce, trce)]
+    seen = [records.verdicts(one, "attack") for one in (mace, trce)]
     assert seen[0].keys() == seen[1].keys() and [sum(one.values()) for one in seen] == [
         c["k"] for c in counts
     ]
     exact = metrics.mcnemar(*[list(one.values()) for one in seen])["p"]
     assert exact <= found["p"] <= 0.05 and found["separates"]
-    assert records.paired(uce, uce, "attack")["p"] == 1
-    twice = records.paired([uce, uce], [trce, trce], "attack")
+    assert records.paired(mace, mace, "attack")["p"] == 1
+    twice = records.paired([mace, mace], [trce, trce], "attack")
     assert (twice["n"], twice["difference"]) == (2 * found["n"], found["difference"])
     with pytest.raises(ValueError, match="2 protocols"):
-        records.paired(uce, longer, "attack")
+        records.paired(mace, longer, "attack")
 
 
 def test_an_attack_and_its_budget_are_part_of_the_protocol():

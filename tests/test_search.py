@@ -337,9 +337,8 @@ def test_a_file_of_before_has_the_preset_of_before_and_the_protocol_of_today(pat
     for found, config in ((old, search.before(method)), (new, METHODS[method].PRESETS["emoji"])):
         told = records.plain(asdict(config))  # a field may be younger than a file
         assert all(made.config == {k: told[k] for k in made.config} for made in found.edits.values())
-    asked = lambda found: {
-        (m.measure, m.protocol, m.hash[:8]) for m in found.measurements
-    }  # so short in old files
+    # hashes are so short in old files
+    asked = lambda found: {(m.measure, m.protocol, m.hash[:8]) for m in found.measurements}
     digests = lambda found: {made.digest for made in found.edits.values() if made.digest}
     assert asked(old) == asked(new) and not digests(old) & digests(new)
 

@@ -78,8 +78,8 @@ class Config:
 
 
 PRESETS = {
-    # the authors', 2023. Ours (captions, the word's last token, a smaller ridge: where RECE starts) leave more, all
-    # tokens leave less and lose more: data/results/search_uce.json, search_ten_uce.json
+    # the authors', 2023. Ours until then (captions, the last token, a smaller ridge: where RECE starts) leave far
+    # more, and take less along where little is preserved: notebook 10. All tokens lose more: search_ten_uce.json
     "emoji": Config(),
     # erase_scale / preserve_scale / lamb and anchor: file names and defaults of the authors' code, 2023
     "sd14-object": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
