@@ -29,6 +29,7 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "uce": "UCE",
     "rece": "RECE",
     "rece-start": "RECE*",  # the rounds keep the pairs of the start, see rece.Config
+    "rece-held": "RECE, held",
     "esd": "ESD",
     "mace": "MACE",
     "realera": "RealEra",

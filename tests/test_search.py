@@ -31,13 +31,14 @@ def test_nothing_that_a_table_is_about_is_searched_on():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_the_same_budget_and_what_stood_before_first(method):
+def test_every_method_has_its_budget_and_what_stood_before_first(method):
     base, settings = search.before(method), search.SEARCHED[method]
     configs = [replace(base, **changes) for changes in settings.values()]
     assert list(settings)[0] == "before" and configs[0] == base
-    assert len(set(map(repr, configs))) == len(configs) == 6 and search.SEARCHED.keys() == METHODS.keys()
+    budget = 8 if method == "rece" else 6  # two more of its authors'
+    assert len(set(map(repr, configs))) == len(configs) == budget and search.SEARCHED.keys() == METHODS.keys()
     labels = Counter(trial.label for trial in search.trials(method))
-    assert len(labels) == 6 * len(search.ERASED) and {*labels.values()} == {1}
+    assert len(labels) == budget * len(search.ERASED) and {*labels.values()} == {1}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,9 @@ def test_every_method_has_the_same_budget_and_what_stood_before_first(method):
         ("sld", "strong of the authors", "sd14-strong", ("delta",)),
         ("sld", "max of the authors", "sd14-max", ()),
         ("uce", "of the authors", "sd14-object", ()),
+        ("rece", "of the authors", "sd14-object", ()),
+        ("rece", "of the authors, unsafe", "sd14-unsafe", ()),
+        ("rece", "of the authors, nudity", "sd14-nudity", ()),
         ("esd", "of the authors, 2025", "sd14-2025", ()),
         ("mace", "of the authors, captions ours", "sd14-object", ("squared", *search.OWN_CAPTIONS)),
         ("trce", "of the authors, captions ours, fewer ways", "sd14-object",
@@ -67,12 +71,13 @@ def test_a_setting_of_the_authors_is_theirs(method, setting, preset, but):
 
 
 def test_what_the_paper_is_about_is_no_setting():
-    """H_o sees no attack: a search over these by it would choose none. RECE's authors make one round on objects."""
+    """H_o sees no attack: a search over these by it would choose none. RECE's rounds are those of its authors."""
     attacker = {"attack_steps", "k", "alpha", "rule", "placement", "start"}
     assert not any(attacker & changes.keys() for changes in search.SEARCHED["advunlearn"].values())
-    assert {name for name, changes in search.SEARCHED["rece"].items() if "epochs" in changes} == {
-        "of the authors"
+    rounds = {
+        name: changes["epochs"] for name, changes in search.SEARCHED["rece"].items() if "epochs" in changes
     }
+    assert rounds == {"of the authors": 1, "of the authors, unsafe": 2}  # three as in ours for nudity
     steps = protocols.quick("lion").steps
     assert all(changes.get("delta", 0) < steps / 4 for changes in search.SEARCHED["sld"].values())
 
@@ -353,7 +358,7 @@ def test_every_setting_can_be_fitted(method):
     first = [trial for trial in search.trials(method) if trial.what == search.ERASED[0]]
     edits = [METHODS[method].fit(model, one.erased, one.kept, config=one.config) for one in first]
     # to DP one token in turn is the same as all at once
-    assert len({edit.digest for edit in edits}) == (5 if method == "dp" else 6)
+    assert len({edit.digest for edit in edits}) == len(first) - (method == "dp")
 
 
 @pytest.mark.slow

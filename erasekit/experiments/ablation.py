@@ -72,6 +72,17 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "lam 1e-3": {"lam": 1e-3},  # without it, the rounds are singular
         "lam 1": {"lam": 1.0},
         "settings of the code": {"start": METHODS["uce"].PRESETS["sd14-object"], "epochs": 1},
+        "settings of the code, nudity": {"start": METHODS["uce"].PRESETS["sd14-nudity"]},
+        "the word held": {"pairs": "held"},
+        "settings of the code, the word held": {
+            "start": METHODS["uce"].PRESETS["sd14-object"],
+            "epochs": 1,
+            "pairs": "held",
+        },
+        "settings of the code, nudity, the word held": {
+            "start": METHODS["uce"].PRESETS["sd14-nudity"],
+            "pairs": "held",
+        },
     },
     "esd": {
         "ESD-x": {},

@@ -4,12 +4,13 @@
     python -m erasekit.experiments.search uce --setting "lam 1" --out data/results/search_ten_uce.json
     python -m erasekit.experiments.search esd --seeds dog --out data/results/search_seeds_esd.json
 
-The budget is one for all methods: six settings of `SEARCHED`, first the preset "emoji" as it stood before the search,
-and the authors' where they are known and can be paid, on each class of `ERASED` by `protocols.quick`. `RULE`, which
-stands in the file, chooses one. Where that is told better than what stood before (p, adjusted, at most 0.05) it is the
-preset now. What makes a paper is no setting: how many rounds RECE makes and how AdvUnlearn's attacker works is not seen
-by H_o, and a search by it would choose none. (RECE's authors make one round on objects: that setting alone has fewer.
-DP's authors differ from the preset for names of several tokens alone.)
+Every method but one has a budget of six settings of `SEARCHED`, first the preset "emoji" as it stood before the search,
+and the authors' where they are known and can be paid, on each class of `ERASED` by `protocols.quick`. RECE has eight:
+its authors have three, which begin with their UCE and make one, two and three rounds. `RULE`, which stands in the file,
+chooses one. Where that is told better than what stood before (p, adjusted, at most 0.05) it is the preset now. What
+makes a paper is no setting: how many rounds RECE makes (but for those of its authors) and how AdvUnlearn's attacker
+works is not seen by H_o, and a search by it would choose none. (DP's authors differ from the preset for names of
+several tokens alone.)
 
 A lion and a bus were searched first, and chose the presets. The category (meals, beside other food) came when weapons
 had shown that two classes alone do not see what a setting costs beside a category. It changed no preset; with it
@@ -93,6 +94,8 @@ SEARCHED: dict[str, dict[str, dict]] = {
     "rece": {
         "before": {},
         "of the authors": VARIANTS["rece"]["settings of the code"],
+        "of the authors, unsafe": of_authors("rece", "sd14-unsafe"),
+        "of the authors, nudity": of_authors("rece", "sd14-nudity"),
         "pairs of the start": {"pairs": "start"},
         "lam 0.01": {"lam": 0.01},
         "lam 1": {"lam": 1.0},

@@ -50,7 +50,7 @@ from erasekit.text_entries import text_entries
 from erasekit.tuning import telling
 
 Regularizer = Literal["zero", "anchor", "source", "surrogate", "both"]
-Pairs = Literal["positions", "start"]
+Pairs = Literal["positions", "start", "held"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Config:
     ||c' - c||^2, "surrogate": sum_i ||W_i^new (c' - c)||^2, "both": the last two. pairs: which rows of concept and
     anchor prompt the rounds pair. "positions": row by row, all of them, in "{}", whatever rows the start pairs [code];
     a blank anchor's end token is then the target of the subject, which UCE had sent to the start token. "start": the
-    pairs of the start, ours.
+    pairs of the start, ours. "held": as "positions", and the pairs of the start are erased again in every round, ours:
+    a round moves the word too, away from its anchor where much is preserved, and nothing else holds it there.
     """
 
     start: uce.Config = uce.Config()
@@ -155,16 +156,23 @@ def positions(model: DiffusionModel, given: closed_form.Rows) -> closed_form.Row
 
 
 def rounds(
-    t: ContextMap, gram: Tensor, paired: closed_form.Rows, preserved: Tensor | None, config: Config
+    t: ContextMap,
+    gram: Tensor,
+    paired: closed_form.Rows,
+    preserved: Tensor | None,
+    config: Config,
+    held: closed_form.Rows | None = None,
 ) -> Iterator[tuple[Tensor, ContextMap]]:
-    """The embeddings (n, d) that each of `config.epochs` rounds derives from the map so far, and the map after it."""
+    """The embeddings (n, d) that each of `config.epochs` rounds derives from the map so far, and the map after it.
+    held: pairs that every round erases as well.
+    """
     for _ in range(config.epochs):
         derived = derive(
             t, gram, paired.sources, config.lam, regularizer=config.regularizer, targets=paired.targets
         )
         step = closed_form.solve(
-            derived,
-            paired.targets,
+            derived if held is None else torch.cat([derived, held.sources]),
+            paired.targets if held is None else torch.cat([paired.targets, held.targets]),
             preserved,
             erase_scale=config.erase_scale,
             preserve_scale=config.lambda_1,
@@ -200,12 +208,12 @@ def fit(
     about = model, erased, preserved, anchor
     if uce.one_map(model, config.start):
         given = uce.rows(*about, config.start)
-        paired = positions(model, given) if config.pairs == "positions" else given
+        paired = given if config.pairs == "start" else positions(model, given)
         gram = closed_form.weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
         t = _erased(gram, given, paired, config, callback)
         return Edit.from_context_map(t, model, method="rece", config=config, concepts=given.concepts)
     given = paired = uce.entry_rows(*about, config.start)
-    if config.pairs == "positions":
+    if config.pairs != "start":
         paired = uce.entry_rows(*about, replace(config.start, tokens="all", templates=("{}",)))
     entries, maps = text_entries(model), {}
     for space, own in given.items():
@@ -232,7 +240,8 @@ def _erased(
     if callback is not None:
         callback({"step": 0, "context_map": t, **closed_form.residuals(t, given)})
     gram = gram.to(given.sources.device)
-    for epoch, (derived, after) in enumerate(rounds(t, gram, paired, kept, config)):
+    held = given if config.pairs == "held" else None
+    for epoch, (derived, after) in enumerate(rounds(t, gram, paired, kept, config, held)):
         if callback is not None:
             callback(
                 {
