@@ -18,7 +18,7 @@ from erasekit import cli
 from erasekit.cli_methods import configured
 from erasekit.evaluate import records, runs
 from erasekit.evaluate.metrics import rate
-from erasekit.experiments import promotion
+from erasekit.experiments import audit, promotion
 from erasekit.methods import METHODS
 from erasekit.paths import RESULTS, ROOT
 
@@ -299,3 +299,73 @@ def test_a_line_that_another_process_is_writing_is_not_cut_off(tmp_path):
         file.write(line[10:])
     other.join()
     assert runs.read_sealed(tmp_path, "pictures").keys() == {"a", "b"}
+
+
+# ---- cells built again -----------------------------------------------------------------------------------------
+
+
+def test_the_lot_is_the_same_for_all_and_holds_every_cell_but_timings():
+    cells = audit.lot()
+    made = {cell for rule in CONFIG.keys() - {*audit.LEFT_OUT} for cell in CONFIG[rule]}
+    assert set(cells) == made and len(cells) == len(made) and cells == audit.lot() != sorted(cells)
+    some = audit.lot(["weapons", "objects"])
+    assert set(some) == {*CONFIG["objects"], *CONFIG["weapons"]} and some == [c for c in cells if c in some]
+    with pytest.raises(ValueError, match="no rule edits: there are"):
+        audit.lot(["edits"])
+
+
+def test_a_cell_is_compared_by_its_counts_and_by_all_it_says():
+    old = promotion.read(RESULTS / "weapons_oce.json")
+    change = lambda **other: json.loads(json.dumps(old)) | other
+    assert audit.compared(old, change(machine={"cores": 99})) == ("same", "")
+    few = {name: value for name, value in old["details"].items() if name != "verdicts"}
+    assert audit.compared(old, change(details=few)) == ("counts", "details.verdicts: gone")
+    means = promotion.read(RESULTS / "objects_trce_dog.json")
+    moved = json.loads(json.dumps(means))
+    next(one for one in moved["measurements"] if "mean" in one["value"])["value"]["mean"] += 1e-5
+    assert audit.compared(means, moved)[0] == "counts"
+    wrong = change()
+    wrong["measurements"][0]["value"]["k"] += 1
+    verdict, details = audit.compared(old, wrong)
+    assert verdict == "differs" and details.startswith("oce emoji-weapons explicit.k: 158 -> 159")
+
+
+def test_an_audit_goes_on_where_it_stopped_and_counts_no_file_that_changed(tmp_path, monkeypatch, capsys):
+    log, done = tmp_path / "audit.csv", []
+
+    def rebuilt(cell, clone, cores):
+        done.append(cell)
+        if len(done) == 2:
+            raise subprocess.CalledProcessError(1, "snakemake", stderr="out of\nmemory")
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return promotion.read(RESULTS / f"{cell}.json")
+
+    monkeypatch.setattr(audit, "rebuilt", rebuilt)
+    context = ["--rule", "context", "--log", str(log)]
+    first = audit.lot(["context"])[:5]
+    with pytest.raises(KeyboardInterrupt):
+        audit.main(["5", *context])
+    rows = audit.standing(log)
+    assert rows["cell"].tolist() == first[:3] == done[:3]
+    assert (
+        rows["verdict"].tolist() == ["same", "failed", "same"]
+        and rows["details"].tolist()[1] == "out of memory"
+    )
+    log.write_text(log.read_text().replace(audit.committed(first[0]), "0" * 64))  # as if the file had changed
+    assert audit.standing(log)["cell"].tolist() == first[1:3]
+    audit.main(["2", *context])
+    assert done[4:] == [first[0], first[3]]
+    assert audit.standing(log)["cell"].tolist() == [first[1], first[2], first[0], first[3]]
+    with pytest.raises(SystemExit):
+        audit.main(["1", "--rule", "edits"])
+    assert "no rule edits" in capsys.readouterr().err
+
+
+def test_the_committed_audit_is_about_committed_files():
+    rows = audit.standing()
+    assert len(rows) and set(rows["verdict"]) <= {"same", "counts", "differs", "failed"}
+    assert list(rows.columns) == list(audit.COLUMNS) and set(rows["cell"]) <= set(audit.lot())
+    agree = rows["verdict"].isin(["same", "counts"]).sum()
+    told = f"of {len(rows)} cells drawn by lot and built again from nothing {agree} have the same counts"
+    assert told in " ".join((ROOT / "README.md").read_text().split())

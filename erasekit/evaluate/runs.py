@@ -428,12 +428,13 @@ def distances(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 
 def machine() -> dict[str, str | int]:
-    """What a timing depends on."""
+    """What a timing depends on, and the last bits of a number: another count of threads adds in another order."""
     import platform
 
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,0 +1,157 @@
+"""Cells of the grid, drawn by lot and built again from nothing: do they still say what the committed files say?
+
+    python -m erasekit.experiments.audit 5                                  # the next five of the whole grid
+    python -m erasekit.experiments.audit 5 --rule objects --rule weapons    # of these rules
+
+The whole grid takes about 45 hours of a core. Here one cell after the other is built by Snakemake in a clone of the
+last commit, where no edit, picture or result is kept, and compared with the committed file. The order is that of the
+SHA-256 of the cells' names, so nobody chooses; timings (the rule `benchmark`) are left out. data/results/audit.csv has
+a row for each:
+
+    verdict     "same": all that `promote` compares, so everything but when and where it was made; "counts": every
+                count, but not the last digits of means, of an edit's weights (digest), or what only newer files
+                say; "differs"; "failed"
+    details     the first three things that differ, or the end of what Snakemake said
+    committed   SHA-256 of the committed file. A row counts while that is the file's (`standing`)
+    minutes, machine
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+
+from erasekit.evaluate import runs
+from erasekit.experiments import promotion
+from erasekit.paths import RESULTS, ROOT, write_atomically
+
+LOG = RESULTS / "audit.csv"
+COLUMNS = ("cell", "verdict", "details", "committed", "minutes", "machine")
+IDENTITY = ("edit", "attack", "step", "protocol", "measure")  # of a measurement, in a file
+LEFT_OUT = ("erase", "benchmark", "uncovered")  # of config.yaml: edits, timings, files that no rule makes
+
+
+def lot(rules: Sequence[str] = ()) -> list[str]:
+    """All cells of these rules of workflow/config.yaml, or of all, in the order they are drawn in. ValueError for a
+    rule that is not there.
+    """
+    import yaml
+
+    grid = yaml.safe_load((ROOT / "workflow" / "config.yaml").read_text(encoding="utf-8"))
+    made = {rule: cells for rule, cells in grid.items() if rule not in LEFT_OUT}
+    if unknown := set(rules) - made.keys():
+        raise ValueError(f"no rule {', '.join(sorted(unknown))}: there are {', '.join(made)}")
+    cells = [cell for rule, own in made.items() if not rules or rule in rules for cell in own]
+    return sorted(cells, key=lambda cell: hashlib.sha256(cell.encode()).hexdigest())
+
+
+def committed(cell: str) -> str:
+    """SHA-256 of a cell's committed file."""
+    return hashlib.sha256((RESULTS / f"{cell}.json").read_bytes()).hexdigest()
+
+
+def standing(log: Path = LOG) -> pd.DataFrame:
+    """The rows about files that are committed as they were; empty without a log."""
+    if not log.exists():
+        return pd.DataFrame(columns=list(COLUMNS))
+    rows = pd.read_csv(log, keep_default_na=False)
+    there = [(RESULTS / f"{row.cell}.json").exists() for row in rows.itertuples()]
+    rows = rows[there]
+    return rows[[committed(row.cell) == row.committed for row in rows.itertuples()]]
+
+
+def compared(old: dict, new: dict) -> tuple[str, str]:
+    """verdict and details of a committed result and the same built again, both as `promotion.read` gives them."""
+    if not (found := list(promotion.differences(old, new))):
+        return "same", ""
+    counts = lambda result: {
+        " ".join(one[key] for key in IDENTITY if one.get(key)): {key: one["value"][key] for key in "kn"}
+        for one in result["measurements"]
+        if "k" in one["value"]
+    }
+    apart = list(promotion.differences(counts(old), counts(new)))
+    return "differs" if apart or not counts(old) else "counts", "; ".join((apart or found)[:3])
+
+
+def rebuilt(cell: str, clone: Path, cores: int) -> dict:
+    """The result, built in a clone of the last commit. subprocess.CalledProcessError where Snakemake fails."""
+    subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, clone], check=True, capture_output=True)
+    words = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", str(cores)]
+    subprocess.run(
+        [*words, "--quiet", "all", "--", f"build/results/{cell}.json"],
+        cwd=clone,
+        env=os.environ | {"PYTHONPATH": str(clone)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return promotion.read(clone / "build" / "results" / f"{cell}.json")
+
+
+def audited(cell: str, cores: int) -> dict:
+    """A row of the log."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            new = rebuilt(cell, Path(folder) / "clone", cores)
+        except subprocess.CalledProcessError as error:
+            verdict, details = "failed", " ".join((error.stderr or "").split())[-200:]
+        else:
+            verdict, details = compared(promotion.read(RESULTS / f"{cell}.json"), new)
+    machine = runs.machine()
+    about = ", ".join(
+        str(machine[key]) for key in ("processor", "vector_instructions", "threads", "torch", "accelerator")
+    )
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    row = (cell, verdict, details, committed(cell), minutes, about)
+    return dict(zip(COLUMNS, row, strict=True))
+
+
+def note(row: dict, log: Path) -> None:
+    """Put a row at the end of the log; an older one of the same cell goes."""
+    rows = pd.read_csv(log, keep_default_na=False).to_dict("records") if log.exists() else []
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*(one for one in rows if one["cell"] != row["cell"]), row])
+    write_atomically(log, text.getvalue())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("count", type=int, help="how many more cells")
+    parser.add_argument(
+        "--rule", action="append", default=[], help="of workflow/config.yaml; repeat for more"
+    )
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--log", type=Path, default=LOG)
+    given = parser.parse_args(arguments)
+    if find_spec("snakemake") is None:
+        parser.error('Snakemake is not installed: pip install -e ".[workflow]"')
+    if not (ROOT / ".git").exists():
+        parser.error(f"{ROOT} is no git checkout: clone the repository, a cell is built from its last commit")
+    try:
+        cells = lot(given.rule)
+    except ValueError as error:
+        parser.error(str(error))
+    done = set(standing(given.log)["cell"])
+    for cell in [cell for cell in cells if cell not in done][: given.count]:
+        row = audited(cell, given.cores)
+        note(row, given.log)
+        print(f"{row['verdict']:8} {cell}, {row['minutes']} minutes  {row['details']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
