@@ -56,6 +56,11 @@ OWN_UCE = {  # where RECE starts
     name: getattr(METHODS["rece"].PRESETS["emoji"].start, name)
     for name in ("tokens", "lam", "templates", "preserve_templates")
 }
+CODE_RECE, CODE_RECE_NUDITY = (
+    of_code("rece", "sd14-object", "start", "epochs"),
+    of_code("rece", "sd14-nudity", "start"),
+)
+HELD = {"pairs": "held"}
 VARIANTS: dict[str, dict[str, dict]] = {
     "uce": {
         "UCE": {},
@@ -71,18 +76,11 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "one round, pairs of the start": {"epochs": 1, "pairs": "start"},
         "lam 1e-3": {"lam": 1e-3},  # without it, the rounds are singular
         "lam 1": {"lam": 1.0},
-        "settings of the code": {"start": METHODS["uce"].PRESETS["sd14-object"], "epochs": 1},
-        "settings of the code, nudity": {"start": METHODS["uce"].PRESETS["sd14-nudity"]},
-        "the word held": {"pairs": "held"},
-        "settings of the code, the word held": {
-            "start": METHODS["uce"].PRESETS["sd14-object"],
-            "epochs": 1,
-            "pairs": "held",
-        },
-        "settings of the code, nudity, the word held": {
-            "start": METHODS["uce"].PRESETS["sd14-nudity"],
-            "pairs": "held",
-        },
+        "settings of the code": CODE_RECE,
+        "settings of the code, nudity": CODE_RECE_NUDITY,
+        "the word held": HELD,
+        "settings of the code, the word held": CODE_RECE | HELD,
+        "settings of the code, nudity, the word held": CODE_RECE_NUDITY | HELD,
     },
     "esd": {
         "ESD-x": {},

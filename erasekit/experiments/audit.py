@@ -17,9 +17,7 @@ a row for each:
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import os
 import subprocess
 import sys
@@ -60,14 +58,16 @@ def committed(cell: str) -> str:
     return hashlib.sha256((RESULTS / f"{cell}.json").read_bytes()).hexdigest()
 
 
+def rows_of(log: Path) -> pd.DataFrame:
+    """All rows; none without a log."""
+    return pd.read_csv(log, keep_default_na=False) if log.exists() else pd.DataFrame(columns=list(COLUMNS))
+
+
 def standing(log: Path = LOG) -> pd.DataFrame:
-    """The rows about files that are committed as they were; empty without a log."""
-    if not log.exists():
-        return pd.DataFrame(columns=list(COLUMNS))
-    rows = pd.read_csv(log, keep_default_na=False)
-    there = [(RESULTS / f"{row.cell}.json").exists() for row in rows.itertuples()]
-    rows = rows[there]
-    return rows[[committed(row.cell) == row.committed for row in rows.itertuples()]]
+    """The rows about files that are committed as they were."""
+    rows = rows_of(log)
+    now = [(RESULTS / f"{cell}.json").exists() and committed(cell) for cell in rows["cell"]]
+    return rows[rows["committed"] == now]
 
 
 def compared(old: dict, new: dict) -> tuple[str, str]:
@@ -119,12 +119,9 @@ def audited(cell: str, cores: int) -> dict:
 
 def note(row: dict, log: Path) -> None:
     """Put a row at the end of the log; an older one of the same cell goes."""
-    rows = pd.read_csv(log, keep_default_na=False).to_dict("records") if log.exists() else []
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*(one for one in rows if one["cell"] != row["cell"]), row])
-    write_atomically(log, text.getvalue())
+    older = [one for one in rows_of(log).to_dict("records") if one["cell"] != row["cell"]]
+    text = pd.DataFrame([*older, row], columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")
+    write_atomically(log, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,8 +27,7 @@ Notation (code -> paper or code of the authors):
     epochs         -> num_epochs, rounds of derive and erase
 
 The full text of the paper could not be read: objective and symbols are from its abstract and the authors' README and
-code [code]. Defaults and presets are the settings of the README; the start of
-"emoji" is ours.
+code [code]. Defaults and presets are the settings of the README; the start of "emoji" is ours.
 """
 
 from collections.abc import Callable, Iterator, Sequence
