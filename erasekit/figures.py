@@ -182,10 +182,15 @@ def rates(
 
     data: columns rate, low, high, as `metrics.rate` gives them, and the two that are named. Lines and panels stand in
     their order of appearance. method: whose color and marker, for all, by line or by panel. titles: of the panels.
-    baseline: a dotted rate for each panel. about: under the axes. whole: axes from 0 to 1, else each as far as its
-    intervals reach. line: inches. A method without a color is a gray dot.
+    baseline: a dotted rate for the panels it names, ValueError for another. about: under the axes. whole: axes from 0
+    to 1, else each as far as its intervals reach. line: inches. A method without a color is a gray dot.
     """
     lines, panels = list(dict.fromkeys(data[row])), list(dict.fromkeys(data[panel]))
+    baseline = baseline or {}
+    if strangers := baseline.keys() - panels:
+        raise ValueError(
+            f"no panel {', '.join(sorted(strangers))} for a baseline: there are {', '.join(panels)}"
+        )
     fig, axs = plt.subplots(
         1, len(panels), figsize=(WIDE, 0.65 + line * len(lines)), sharey=True, squeeze=False
     )
@@ -197,7 +202,7 @@ def rates(
                 one["rate"], lines.index(one[row]), xerr=error, fmt=METHOD_MARKERS.get(key, "."),
                 color=METHOD_COLORS.get(key, "0.5"), ms=5,
             )  # fmt: skip
-        if baseline:
+        if name in baseline:
             ax.axvline(baseline[name], color="0.7", ls=":")
         ax.set(title=(titles or {}).get(name, name))
         ax.set(yticks=range(len(lines)), yticklabels=lines, ylim=(len(lines) - 0.5, -0.5))

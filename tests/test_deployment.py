@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pages
 import pytest
 import torch
 from conftest import tiny_pipeline
@@ -16,7 +17,6 @@ from erasekit.evaluate.deployment import Step
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
 from erasekit.experiments import deployment as experiment
 from erasekit.figures import METHOD_NAMES
-from erasekit.paths import ROOT
 from erasekit.tokens import layout
 
 PROMPTS = ["a dog in ink style", "a dog in flat style"]
@@ -523,20 +523,14 @@ SAID = {  # rows of docs/models.md: steps
 
 
 def test_the_docs_say_what_edits_survive():
-    table = (
-        (ROOT / "docs/models.md")
-        .read_text()
-        .partition("\n| done to the edited model | ")[2]
-        .partition("\n\n")[0]
-    )
-    head, _, *rows = table.splitlines()
+    head, *rows = pages.table("docs/models.md", "done to the edited model")
     methods = {name: key for key, name in METHOD_NAMES.items()}
-    columns = [methods[one] for one in head.strip("| ").split(" | ")[:-1]]
+    columns = [methods[one] for one in head[1:-1]]
     results = {key: records.read(f"deployment_{key}_dog") for key in columns}
     count = lambda key, step: next(
         m.value["k"] for m in results[key].measurements if (m.step, m.measure) == (step, "target")
     )
-    said = {row[0]: row[1:-1] for row in (line.strip("| ").split(" | ") for line in rows)}
+    said = {row[0]: row[1:-1] for row in rows}
     assert said == {
         label: [", ".join(str(count(key, step)) for step in steps) for key in columns]
         for label, steps in SAID.items()

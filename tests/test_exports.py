@@ -2,6 +2,7 @@
 read them back."""
 
 import numpy as np
+import pages
 import pytest
 import torch
 from conftest import tiny_pipeline
@@ -24,7 +25,6 @@ from erasekit import checkpoints
 from erasekit.edits import Edit
 from erasekit.evaluate import records
 from erasekit.layers import cross_attention_kv
-from erasekit.paths import ROOT
 
 MAKE = {"sd1": tiny_pipeline, "sd2": sd2, "sdxl": sdxl}
 CHURCH = ek.uce.Config(lam=1.0)  # random encoders give rows of norm 600
@@ -388,10 +388,7 @@ def test_two_loras_with_weights_add_fused_or_not(export, tmp_path):
 
 def test_the_docs_say_what_other_tools_made_of_the_exports():
     details = records.read("benchmark_consumers").details
-    table = (
-        (ROOT / "docs/models.md").read_text().partition("\n| read by | ")[2].partition("\n\n")[0].splitlines()
-    )
-    said = [tuple(line.strip(" |").split(" | ")) for line in table[2:]]
+    said = [tuple(row) for row in pages.table("docs/models.md", "read by")[1:]]
     expected = []
     for tool, one in details["consumers"].items():
         version = list(one["versions"].values())[1]

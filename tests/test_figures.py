@@ -134,6 +134,10 @@ def test_rates_have_titles_a_dotted_baseline_in_each_panel_and_a_line_beneath():
     for ax, at in zip(fig.axes, base.values(), strict=True):
         (dotted,) = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
         assert set(dotted.get_xdata()) == {at}
+    one = figures.rates(MEASURED, "words", "model", baseline={"RECE": 0.7})
+    assert [sum(line.get_linestyle() == ":" for line in ax.get_lines()) for ax in one.axes] == [0, 1]
+    with pytest.raises(ValueError, match="no panel ESD for a baseline: there are UCE, RECE"):
+        figures.rates(MEASURED, "words", "model", baseline={"ESD": 0.7})
 
 
 def test_a_matrix_shows_each_share_in_hundredths_and_lines_between_groups():

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import pages
 import pytest
 import torch
 from conftest import literal_loop, tiny_pipeline
@@ -16,7 +17,6 @@ from erasekit.attacks import common, sees, unlearndiff
 from erasekit.concepts import Concept
 from erasekit.evaluate import judges, records
 from erasekit.methods import advunlearn, esd, trce
-from erasekit.paths import ROOT
 
 NEAR = 1e-5  # relative, in float64
 ALIKE, UNLEARNDIFF = map(literal_loop, ("alike", "unlearndiff"))
@@ -358,12 +358,7 @@ def test_in_single_precision(method, device, targets, folder, monkeypatch):
 
 def test_the_docs_say_what_was_timed_against_the_loops():
     made = records.read("benchmark_against_literal").details["methods"]
-    table = (
-        (ROOT / "docs/models.md")
-        .read_text()
-        .partition("\n| | published loop | here | times | by what |\n")[2]
-    )
-    said = [line.strip("| ").split(" | ")[:4] for line in table.partition("\n\n")[0].splitlines()[1:]]
+    said = [row[:4] for row in pages.table("docs/models.md", "| published loop")[1:]]
     numbers = [[f"{x:.3g}" for x in (one["loop"]["seconds"], one["product"]["seconds"], one["ratio"])]
                for one in (made[name] for name in ("esd", "advunlearn", "trce", "unlearndiff"))]  # fmt: skip
     assert [row[1:] for row in said] == numbers

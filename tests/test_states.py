@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import numpy as np
+import pages
 import pytest
 import torch
 from conftest import LENGTH, WIDTH, tiny_pipeline
@@ -606,11 +607,9 @@ def test_two_loras_are_not_the_composed_edit_and_its_lora_is(model, edit, tmp_pa
 
 def test_the_docs_say_what_other_libraries_made_of_the_exports():
     measured = records.read("benchmark_exports").details["environments"]
-    table = (
-        (ROOT / "docs/models.md").read_text().partition("\n| export | ")[2].partition("\n\n")[0].splitlines()
-    )
-    assert table[0].strip(" |").split(" | ") == list(measured)
-    rows = {name: cells for name, *cells in (line.strip(" |").split(" | ") for line in table[2:])}
+    head, *rows = pages.table("docs/models.md", "export")
+    assert head[1:] == list(measured)
+    rows = {name: cells for name, *cells in rows}
     assert rows.keys() == next(iter(measured.values()))["found"].keys()
     for way, cells in rows.items():
         for cell, one in zip(cells, measured.values(), strict=True):

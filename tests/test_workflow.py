@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
@@ -47,10 +48,15 @@ def snakemake(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory) -> dict[str, list[str]]:
-    """{output file: the words of the command that makes it} of a dry run of everything."""
-    printed = snakemake(tmp_path_factory.mktemp("dry"), "--dry-run", "--printshellcmds")
-    found = re.findall(r"^    output: (.+)\n(?:    .*\n)*Shell command: (.+)", printed, re.MULTILINE)
+def dry_run(tmp_path_factory) -> str:
+    """What Snakemake says that it would do for everything."""
+    return snakemake(tmp_path_factory.mktemp("dry"), "--dry-run", "--printshellcmds")
+
+
+@pytest.fixture(scope="module")
+def jobs(dry_run) -> dict[str, list[str]]:
+    """{output file: the words of the command that makes it}."""
+    found = re.findall(r"^    output: (.+)\n(?:    .*\n)*Shell command: (.+)", dry_run, re.MULTILINE)
     return {file: shlex.split(command) for outputs, command in found for file in outputs.split(", ")}
 
 
@@ -81,6 +87,14 @@ def test_the_grid_gives_the_command_that_the_committed_file_names(jobs, name):
     if name == "benchmark_transfer":
         words[3] = "EDIT"
     assert words == expected
+
+
+def test_every_command_has_one_thread_but_timings_two(dry_run):
+    told = re.findall(r"^rule (\w+):\n((?:    .*\n)*)", dry_run, re.MULTILINE)
+    threads = {rule: re.search(r"threads: (\d+)", said) for rule, said in told}
+    assert threads.keys() >= {"run", "train", "attack", "objects", "benchmark"}
+    two = {rule for rule, found in threads.items() if found}
+    assert two == {"benchmark", "scaling", "hundred"} and {threads[rule][1] for rule in two} == {"2"}
 
 
 @pytest.mark.parametrize("name", ["consumers", "text_entries"])
@@ -331,15 +345,15 @@ def test_a_cell_is_compared_by_its_counts_and_by_all_it_says():
 
 
 def test_an_audit_goes_on_where_it_stopped_and_counts_no_file_that_changed(tmp_path, monkeypatch, capsys):
-    log, done = tmp_path / "audit.csv", []
+    log, done, resumed = tmp_path / "audit.csv", [], []
 
-    def rebuilt(cell, clone, cores):
+    def rebuilt(cell, clone):
         done.append(cell)
         if len(done) == 2:
             raise subprocess.CalledProcessError(1, "snakemake", stderr="out of\nmemory")
-        if len(done) == 4:
+        if len(done) >= 4 and not resumed:  # the pool may begin another before it stops
             raise KeyboardInterrupt
-        return promotion.read(RESULTS / f"{cell}.json")
+        return RESULTS / f"{cell}.json"
 
     monkeypatch.setattr(audit, "rebuilt", rebuilt)
     context = ["--rule", "context", "--log", str(log)]
@@ -352,14 +366,40 @@ def test_an_audit_goes_on_where_it_stopped_and_counts_no_file_that_changed(tmp_p
         rows["verdict"].tolist() == ["same", "failed", "same"]
         and rows["details"].tolist()[1] == "out of memory"
     )
+    assert rows["built"].tolist()[0] == audit.committed(first[0])  # nothing differs, so the same bytes
     log.write_text(log.read_text().replace(audit.committed(first[0]), "0" * 64))  # as if the file had changed
     assert audit.standing(log)["cell"].tolist() == first[1:3]
+    resumed += [True]
+    done[:] = [""] * 4
     audit.main(["2", *context])
     assert done[4:] == [first[0], first[3]]
     assert audit.standing(log)["cell"].tolist() == [first[1], first[2], first[0], first[3]]
+    audit.main(["2", "--jobs", "2", *context])
+    assert {*done[6:]} == {first[4], audit.lot(["context"])[5]}
     with pytest.raises(SystemExit):
         audit.main(["1", "--rule", "edits"])
     assert "no rule edits" in capsys.readouterr().err
+
+
+def test_a_cell_whose_build_was_stopped_has_no_verdict(tmp_path, monkeypatch):
+    """Control: the same end of its Snakemake, with nobody stopping the audit, is one."""
+    first, second = audit.lot(["context"])[:2]
+
+    def rebuilt(cell, clone):
+        if cell == first and interrupted:
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+        raise subprocess.CalledProcessError(1, "snakemake", stderr="terminated")
+
+    monkeypatch.setattr(audit, "rebuilt", rebuilt)
+    command = ["2", "--jobs", "2", "--rule", "context", "--log", str(tmp_path / "audit.csv")]
+    interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        audit.main(command)
+    assert audit.rows_of(tmp_path / "audit.csv").empty
+    interrupted = False
+    audit.main(command)
+    assert audit.rows_of(tmp_path / "audit.csv")["verdict"].tolist() == ["failed"] * 2
 
 
 def test_the_committed_audit_is_about_committed_files():
@@ -367,5 +407,5 @@ def test_the_committed_audit_is_about_committed_files():
     assert len(rows) and set(rows["verdict"]) <= {"same", "counts", "differs", "failed"}
     assert list(rows.columns) == list(audit.COLUMNS) and set(rows["cell"]) <= set(audit.lot())
     agree = rows["verdict"].isin(["same", "counts"]).sum()
-    told = f"of {len(rows)} cells drawn by lot and built again from nothing {agree} have the same counts"
+    told = f"Of {len(rows)} cells drawn by lot and built again from nothing {agree} have the same counts"
     assert told in " ".join((ROOT / "README.md").read_text().split())

@@ -11,12 +11,13 @@ that of a trust region: the nearest point solves (I + mu M) x = p + mu B c with 
 B = sum_i W_i'^T W_i, and mu >= 0 is where the constraint holds with equality. Our own; no paper has it. It holds for
 every edit that changes keys and values alone, by one matrix or not.
 
-What it is worth (`benchmarks/regeneration_radius.py`, `data/results/benchmark_regeneration_radius.json`): the unedited
-model still draws a concept at tau = 0.4 on the way to another concept (61 of 100) and no longer at 0.6 (1 of 100), but
-at 0.6 in a random direction (81 of 100), so there is no one tau. Its order and that of UnlearnDiffAtk's successes go
-against each other on "dog", as they should (Kendall's tau-b -0.71 at tau = 0.4 from the nearest other prompt, eight
-edits, p = 0.014; 0.20 adjusted for the fourteen orders that were tried), and on the weapons not at all (0.07, six
-edits). Use it to see what an edit closed, not how safe it is; notebook 14 draws both.
+What it is worth (`benchmarks/regeneration_radius.py`, `data/results/benchmark_regeneration_radius.json`): the
+unedited model still draws a concept at tau = 0.4 on the way to another concept (61 of 100) and no longer at 0.6 (1 of
+100), but at 0.6 in a random direction (81 of 100), so there is no one tau. Its order and that of UnlearnDiffAtk's
+successes go against each other on "dog", as they should, but no more than by luck (Kendall's tau-b -0.57 at tau = 0.4
+from the nearest other prompt, eight edits, p = 0.061; 0.73 adjusted for the fourteen orders that were tried), and the
+other way on the weapons (0.47, six edits; DP and SPEED were searched there later). Use it to see what an edit closed,
+not how safe it is; notebook 14 draws both.
 """
 
 from collections.abc import Iterable

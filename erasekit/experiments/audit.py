@@ -2,18 +2,23 @@
 
     python -m erasekit.experiments.audit 5                                  # the next five of the whole grid
     python -m erasekit.experiments.audit 5 --rule objects --rule weapons    # of these rules
+    python -m erasekit.experiments.audit 70 --jobs 2                        # two at a time: each has one core
 
-The whole grid takes about 45 hours of a core. Here one cell after the other is built by Snakemake in a clone of the
-last commit, where no edit, picture or result is kept, and compared with the committed file. The order is that of the
-SHA-256 of the cells' names, so nobody chooses; timings (the rule `benchmark`) are left out. data/results/audit.csv has
-a row for each:
+The whole grid takes about 45 hours of a core. Here each cell is built by Snakemake in a clone of the last commit, where
+no edit, picture or result is kept, and compared with the committed file. The order is that of the SHA-256 of the cells'
+names, so nobody chooses; timings (the rule `benchmark`) are left out. data/results/audit.csv has a row for each:
 
     verdict     "same": all that `promote` compares, so everything but when and where it was made; "counts": every
                 count, but not the last digits of means, of an edit's weights (digest), or what only newer files
                 say; "differs"; "failed"
     details     the first three things that differ, or the end of what Snakemake said
-    committed   SHA-256 of the committed file. A row counts while that is the file's (`standing`)
+    committed   SHA-256 of the committed file
+    built       SHA-256 of the file built again, as `promote` would write it. A row counts while the committed file is
+                the one or the other (`standing`)
     minutes, machine
+
+With --keep what was built goes to build/results/, and `promote --write` takes it over: a file made long ago then says
+all that files say today (verdicts, for comparisons in pairs), and its row still stands.
 """
 
 import argparse
@@ -24,8 +29,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event, Lock
 
 import pandas as pd
 
@@ -34,7 +41,7 @@ from erasekit.experiments import promotion
 from erasekit.paths import RESULTS, ROOT, write_atomically
 
 LOG = RESULTS / "audit.csv"
-COLUMNS = ("cell", "verdict", "details", "committed", "minutes", "machine")
+COLUMNS = ("cell", "verdict", "details", "committed", "built", "minutes", "machine")
 IDENTITY = ("edit", "attack", "step", "protocol", "measure")  # of a measurement, in a file
 LEFT_OUT = ("erase", "benchmark", "uncovered")  # of config.yaml: edits, timings, files that no rule makes
 
@@ -54,8 +61,9 @@ def lot(rules: Sequence[str] = ()) -> list[str]:
 
 
 def committed(cell: str) -> str:
-    """SHA-256 of a cell's committed file."""
-    return hashlib.sha256((RESULTS / f"{cell}.json").read_bytes()).hexdigest()
+    """SHA-256 of a cell's committed file; "" where there is none."""
+    path = RESULTS / f"{cell}.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def rows_of(log: Path) -> pd.DataFrame:
@@ -64,10 +72,10 @@ def rows_of(log: Path) -> pd.DataFrame:
 
 
 def standing(log: Path = LOG) -> pd.DataFrame:
-    """The rows about files that are committed as they were."""
+    """The rows about files that are committed as they were, or as they were built again."""
     rows = rows_of(log)
-    now = [(RESULTS / f"{cell}.json").exists() and committed(cell) for cell in rows["cell"]]
-    return rows[rows["committed"] == now]
+    now = rows["cell"].map(committed)
+    return rows[(now != "") & ((rows["committed"] == now) | (rows["built"] == now))]
 
 
 def compared(old: dict, new: dict) -> tuple[str, str]:
@@ -83,10 +91,12 @@ def compared(old: dict, new: dict) -> tuple[str, str]:
     return "differs" if apart or not counts(old) else "counts", "; ".join((apart or found)[:3])
 
 
-def rebuilt(cell: str, clone: Path, cores: int) -> dict:
-    """The result, built in a clone of the last commit. subprocess.CalledProcessError where Snakemake fails."""
+def rebuilt(cell: str, clone: Path) -> Path:
+    """The result's file, built in a clone of the last commit, on one core. subprocess.CalledProcessError where
+    Snakemake fails.
+    """
     subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, clone], check=True, capture_output=True)
-    words = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", str(cores)]
+    words = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1"]
     subprocess.run(
         [*words, "--quiet", "all", "--", f"build/results/{cell}.json"],
         cwd=clone,
@@ -95,25 +105,27 @@ def rebuilt(cell: str, clone: Path, cores: int) -> dict:
         capture_output=True,
         text=True,
     )
-    return promotion.read(clone / "build" / "results" / f"{cell}.json")
+    return clone / "build" / "results" / f"{cell}.json"
 
 
-def audited(cell: str, cores: int) -> dict:
-    """A row of the log."""
-    start = time.perf_counter()
+def audited(cell: str, keep: Path | None = None) -> dict:
+    """A row of the log. keep: a folder for what was built."""
+    start, machine, built = time.perf_counter(), runs.machine(), ""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            new = rebuilt(cell, Path(folder) / "clone", cores)
+            path = rebuilt(cell, Path(folder) / "clone")
         except subprocess.CalledProcessError as error:
             verdict, details = "failed", " ".join((error.stderr or "").split())[-200:]
         else:
-            verdict, details = compared(promotion.read(RESULTS / f"{cell}.json"), new)
-    machine = runs.machine()
-    about = ", ".join(
-        str(machine[key]) for key in ("processor", "vector_instructions", "threads", "torch", "accelerator")
-    )
+            new = promotion.read(path)
+            verdict, details = compared(promotion.read(RESULTS / path.name), new)
+            machine, built = new["machine"], hashlib.sha256(promotion.written(new).encode()).hexdigest()
+            if keep:
+                write_atomically(keep / path.name, path.read_text(encoding="utf-8"))
+    told = ("processor", "vector_instructions", "threads", "torch", "accelerator")
+    about = ", ".join(str(machine[key]) for key in told if key in machine)
     minutes = round((time.perf_counter() - start) / 60, 1)
-    row = (cell, verdict, details, committed(cell), minutes, about)
+    row = (cell, verdict, details, committed(cell), built, minutes, about)
     return dict(zip(COLUMNS, row, strict=True))
 
 
@@ -132,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rule", action="append", default=[], help="of workflow/config.yaml; repeat for more"
     )
-    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="cells built at the same time")
+    parser.add_argument("--keep", action="store_true", help="what is built, in build/results/")
     parser.add_argument("--log", type=Path, default=LOG)
     given = parser.parse_args(arguments)
     if find_spec("snakemake") is None:
@@ -144,10 +157,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     done = set(standing(given.log)["cell"])
-    for cell in [cell for cell in cells if cell not in done][: given.count]:
-        row = audited(cell, given.cores)
-        note(row, given.log)
-        print(f"{row['verdict']:8} {cell}, {row['minutes']} minutes  {row['details']}", flush=True)
+    drawn = [cell for cell in cells if cell not in done][: given.count]
+    one_at_a_time, stopped = Lock(), Event()
+
+    def work(cell: str) -> None:
+        row = audited(cell, promotion.FOLDER if given.keep else None)
+        if stopped.is_set() and row["verdict"] == "failed":
+            return  # what stopped this command has stopped its Snakemake too
+        with one_at_a_time:
+            note(row, given.log)
+            print(f"{row['verdict']:8} {cell}, {row['minutes']} minutes  {row['details']}", flush=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        try:
+            for future in [pool.submit(work, cell) for cell in drawn]:
+                future.result()
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,11 @@ def read(path: Path) -> dict:
     return result | {"command": command}
 
 
+def written(result: dict) -> str:
+    """The text of a result's committed file."""
+    return json.dumps(result, indent=1) + "\n"
+
+
 def _not_finite(name: str):
     raise ValueError(f"{name} in it")
 
@@ -116,7 +121,7 @@ def candidate(path: Path, subject: dict[str, str], committed: Path = RESULTS) ->
         return Candidate(path, "refused", (str(error),))
     if wrong := tuple(problems(result, subject)):
         return Candidate(path, "refused", wrong)
-    text = json.dumps(result, indent=1) + "\n"
+    text = written(result)
     there = committed / path.name
     if not there.exists():
         return Candidate(path, "new", (), text)
