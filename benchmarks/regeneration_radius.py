@@ -8,8 +8,9 @@
    all other concepts' prompts.
 3. Their order beside that of UnlearnDiffAtk's successes on the same edits, as committed: Kendall's tau-b, and its p.
 
-The edits are the attacked ones: `build/edits/METHOD_CONCEPT.safetensors`, which `workflow/Snakefile` makes. Edits of
-more than keys and values (ESD, AdvUnlearn, TRCE with both stages) and filters have no radius.
+The edits are the attacked ones: `build/edits/METHOD_CONCEPT.safetensors`, which `workflow/Snakefile` makes; a row whose
+edit is not there any more stays as it was solved. Edits of more than keys and values (ESD, AdvUnlearn, TRCE with both
+stages) and filters have no radius.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from erasekit.models import DiffusionModel
 TAUS = (0.2, 0.4, 0.6, 0.8)
 PICTURES = 100  # for each distance and kind of direction
 DOG = ("uce", "rece", "rece-start", "dp", "speed", "oce", "mace", "realera")
-WEAPON = ("uce", "rece", "rece-start", "oce", "mace", "trce-text")
+WEAPON = ("uce", "rece", "rece-start", "dp", "speed", "oce", "mace", "trce-text")
 
 
 def prompt(model: DiffusionModel, name: str) -> torch.Tensor:
@@ -123,9 +124,14 @@ def main() -> None:
     for concept, methods in (("dog", DOG), ("weapon", WEAPON)):
         erased = ["dog"] if concept == "dog" else weapons
         for method in methods:
-            edit = ek.Edit.load(given.edits / f"{method}_{concept}.safetensors")
-            row = solved.get((concept, method, edit.digest))
-            row = row or radii_of(model, edit, erased, every, neutral) | {"erased": concept, "method": method}
+            file, about = given.edits / f"{method}_{concept}.safetensors", {"erased": concept, "method": method}
+            before = [one for key, one in solved.items() if key[:2] == (concept, method)]
+            if file.exists() or not before:
+                edit = ek.Edit.load(file)
+                row = solved.get((concept, method, edit.digest))
+                row = row or radii_of(model, edit, erased, every, neutral) | about
+            else:
+                row = before[-1]
             name = f"{'attack_unlearndiff' if concept == 'dog' else 'unlearndiff'}_{method}_{concept}"
             try:
                 attacked = read(name)
@@ -134,7 +140,7 @@ def main() -> None:
             except (FileNotFoundError, ValueError) as error:
                 row["attack"] = None
                 print(method, error)
-            solved[concept, method, edit.digest] = row
+            solved[concept, method, row["digest"]] = row
             rows.append(row)
             print(row, flush=True)
             save(replace(result, details=result.details | {"radii": list(solved.values())}), given.out)

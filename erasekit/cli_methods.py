@@ -20,6 +20,7 @@ from erasekit.edits import applied
 from erasekit.evaluate import metrics, records, world
 from erasekit.experiments import stages
 from erasekit.methods import METHODS
+from erasekit.paths import RESULTS
 from erasekit.settings import chosen
 
 erase = App(
@@ -202,6 +203,20 @@ def _attack(name, module, given, concept, out, edit, control, attempts, captions
     )  # fmt: skip
     records.save(whole, out)
     print(result.table().T.to_string(header=False))
+    if loaded:
+        print(_beside_control(whole, out.parent))
+
+
+def _beside_control(attacked: records.Result, folder: Path) -> str:
+    """The line about the control, from the results beside this one or from the committed ones."""
+    for place in (folder, RESULTS):
+        try:
+            row = records.beside_control({"": attacked}, folder=place).iloc[0]
+        except ValueError as missing:
+            told = str(missing)
+        else:
+            return f"control {row['control']} of {row['n']}; in pairs p = {row['p']:.2g}"
+    return told
 
 
 def made(edit: ek.Edit) -> records.EditMade:

@@ -853,6 +853,46 @@ def test_an_attack_and_its_budget_are_part_of_the_protocol():
         records.paired(found, longer, "attack", attacks_differ=True)
 
 
+def test_every_committed_attack_on_an_edit_has_its_control():
+    attacks = {name: one for name, one in records.all_of("attack").items() if one.edits}
+    controls = {name: records.control_of(one) for name, one in attacks.items()}
+    assert len(controls) > 90 and {one.label for one in controls.values()} == {records.NO_TEXT}
+    for name, one in attacks.items():
+        verdicts = [records.verdicts(two, "attack").keys() for two in (one, controls[name])]
+        assert verdicts[0] == verdicts[1], name
+
+
+def test_no_attack_stands_without_its_control(tmp_path):
+    attacked = {m: records.read(f"unlearndiff_{m}_weapon") for m in ("uce", "trce")}
+    control = records.read("unlearndiff_control_weapon")
+    table = records.beside_control(attacked)
+    pairs = [records.paired(control, one, "attack") for one in attacked.values()]
+    assert list(table["p"]) == [pair["p"] for pair in pairs]
+    assert list(table["holm"]) == list(metrics.holm(table["p"]))
+    assert table["control"].eq(control.value("attack", records.NO_TEXT)["k"]).all()
+    assert list(table["told"]) == ["", "fewer"] and list(table["n"]) == [200, 200]
+    records.save(control, tmp_path / "any name.json")
+    assert records.beside_control(attacked, folder=tmp_path).equals(table)
+    longer = tuple(replace(m, hash=m.hash[::-1]) for m in control.measurements)
+    for other in (replace(control, measurements=longer), replace(control, fingerprint="another model")):
+        records.save(other, tmp_path / "any name.json")
+        with pytest.raises(ValueError, match="made by: python -m erasekit attack unlearndiff .* --control "):
+            records.beside_control(attacked, folder=tmp_path)
+
+
+def test_the_command_line_tells_of_the_control_or_how_to_make_it(tmp_path):
+    from erasekit import cli_methods
+
+    known = records.read("unlearndiff_trce_weapon")
+    assert cli_methods._beside_control(known, tmp_path).startswith("control 171 of 200; in pairs p = ")
+    new = replace(known, fingerprint="a model of one's own")
+    assert "made by: python -m erasekit attack" in cli_methods._beside_control(new, tmp_path)
+    records.save(
+        replace(records.read("unlearndiff_control_weapon"), fingerprint=new.fingerprint), tmp_path / "c.json"
+    )
+    assert cli_methods._beside_control(new, tmp_path).startswith("control 171 of 200")
+
+
 def test_room_is_made_for_what_is_named_and_nothing_else(emoji, tmp_path, capsys):
     from erasekit.cli import main
 

@@ -408,4 +408,7 @@ def test_the_committed_audit_is_about_committed_files():
     assert list(rows.columns) == list(audit.COLUMNS) and set(rows["cell"]) <= set(audit.lot())
     agree = rows["verdict"].isin(["same", "counts"]).sum()
     told = f"Of {len(rows)} cells drawn by lot and built again from nothing {agree} have the same counts"
-    assert told in " ".join((ROOT / "README.md").read_text().split())
+    drawn = ["objects", "context", "weapons"]
+    assert set(rows["cell"]) <= set(audit.lot(drawn))
+    read = " ".join((ROOT / "README.md").read_text().split())
+    assert told in read and f"among the {len(audit.lot(drawn))} of these three kinds" in read

@@ -10,7 +10,8 @@ alone; `details` has what else an experiment tells: the course of a training, th
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
@@ -189,6 +190,48 @@ def paired(
         before += first.values()
         after += [second[key] for key in first]
     return metrics.paired_difference(before, after, np.random.default_rng(0), list(zip(*where, strict=True)))
+
+
+def control_of(attacked: Result, folder: Path = RESULTS) -> Result:
+    """The control of an attack: the same search from the same prompts on a model that knows no concept.
+
+    ValueError, with the command that makes it, where the folder has none under this protocol: without one a success
+    does not show that anything is left.
+    """
+    of_attack = lambda one, edit: {
+        m.hash for m in one.measurements if (m.measure, m.edit) == ("attack", edit)
+    }
+    asked = {m.hash for m in attacked.measurements if m.measure == "attack"}
+    for path in sorted(folder.glob("*.json")):
+        if f'"{NO_TEXT}"' in (text := path.read_text(encoding="utf-8")):
+            found = parsed(json.loads(text), path)
+            if found.fingerprint == attacked.fingerprint and asked and of_attack(found, NO_TEXT) == asked:
+                return found
+    words = re.sub(r"--edit \S+", "--control", attacked.command)
+    words = f"{words.partition(' --out')[0]} --out CONTROL.json"
+    raise ValueError(f"no control of this attack is in {folder}; it is made by: {words}")
+
+
+def beside_control(
+    attacked: Mapping[str, Result], measure: str = "attack", folder: Path = RESULTS
+) -> pd.DataFrame:
+    """Every attack beside its control, in pairs: a row for each key with k, n, control (its k), difference (of the
+    rates, the attack's less the control's), low, high, p, holm (p adjusted over these rows) and told ("fewer", "more",
+    or "" where no difference is seen at 5 %).
+
+    measure: as for `paired`. ValueError where an attack has no control (`control_of`).
+    """
+    rows = {}
+    for name, one in attacked.items():
+        control = control_of(one, folder)
+        counts = one.value(measure, one.label)
+        rows[name] = {"k": counts["k"], "n": counts["n"], "control": control.value(measure, NO_TEXT)["k"]}
+        rows[name] |= paired(control, one, measure)
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table["holm"] = metrics.holm(table["p"])
+    seen = table["holm"] <= 0.05
+    table["told"] = np.where(seen, np.where(table["difference"] < 0, "fewer", "more"), "")
+    return table
 
 
 ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.common.Attempt`, as a dict)

@@ -4,9 +4,10 @@
     python -m erasekit.experiments.search uce --setting "lam 1" --out data/results/search_ten_uce.json
     python -m erasekit.experiments.search esd --seeds dog --out data/results/search_seeds_esd.json
 
-Every method but one has a budget of six settings of `SEARCHED`, first the preset "emoji" as it stood before the search,
+Every method but two has a budget of six settings of `SEARCHED`, first the preset "emoji" as it stood before the search,
 and the authors' where they are known and can be paid, on each class of `ERASED` by `protocols.quick`. RECE has eight:
-its authors have three, which begin with their UCE and make one, two and three rounds. `RULE`, which stands in the file,
+its authors have three, which begin with their UCE and make one, two and three rounds. UCE has seven: the last, its
+authors' as well, was added when the presets stood (November 2026). `RULE`, which stands in the file,
 chooses one. Where that is told better than what stood before (p, adjusted, at most 0.05) it is the preset now. What
 makes a paper is no setting: how many rounds RECE makes (but for those of its authors) and how AdvUnlearn's attacker
 works is not seen by H_o, and a search by it would choose none. (DP's authors differ from the preset for names of
@@ -90,6 +91,8 @@ SEARCHED: dict[str, dict[str, dict]] = {
         "lam 1": {"lam": 1.0},
         "all tokens": {"tokens": "all"},
         "preserve_scale 0.1": {"preserve_scale": 0.1},
+        # the weight that the code of 2023 takes by itself where nine concepts or more are kept
+        "of the authors, preserve_scale 0.1": of_authors("uce", "sd14-object", preserve_scale=0.1),
     },
     "rece": {
         "before": {},

@@ -10,10 +10,11 @@ Notation (code -> paper or code of the authors):
     targets         -> c*_i, embeddings of the anchor ("guide"), v*_i = W c*_i  ("replace")
     preserved       -> c_j, embeddings to keep
     erase_scale     -> erase_scale (1 in the paper's objective)
-    preserve_scale  -> preserve_scale (1 in the paper's objective)
+    preserve_scale  -> preserve_scale (1 in the paper's objective and the code of 2025; the default of the code of 2023
+                       is 1 / n for n kept prompts, the empty one among them, and at least 0.1)
     lam             -> lamb, the ridge ||W' - W||^2; in the code, not in the paper's objective [code]
 
-Defaults are those of the authors' first code (2023) for Stable Diffusion 1.4 [code]. Not here: debiasing, and
+Other defaults are those of the authors' first code (2023) for Stable Diffusion 1.4 [code]. Not here: debiasing, and
 the `tensor` technique, which is not a linear map of the embeddings.
 """
 
@@ -81,7 +82,8 @@ PRESETS = {
     # the authors', 2023. Ours until then (captions, the last token, a smaller ridge: where RECE starts) leave far
     # more, and take less along where little is preserved: notebook 10. All tokens lose more: search_ten_uce.json
     "emoji": Config(),
-    # erase_scale / preserve_scale / lamb and anchor: file names and defaults of the authors' code, 2023
+    # erase_scale / preserve_scale / lamb and anchor: file names and defaults of the authors' code, 2023; its
+    # preserve_scale is 1 where the empty prompt alone is kept
     "sd14-object": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
     "sd14-nudity": Config(anchor=" ", preserve_scale=1.0, lam=0.5),
     "sd14-artist": Config(anchor="art", preserve_scale=0.1, lam=0.5),
