@@ -124,7 +124,10 @@ def main() -> None:
     for concept, methods in (("dog", DOG), ("weapon", WEAPON)):
         erased = ["dog"] if concept == "dog" else weapons
         for method in methods:
-            file, about = given.edits / f"{method}_{concept}.safetensors", {"erased": concept, "method": method}
+            file, about = (
+                given.edits / f"{method}_{concept}.safetensors",
+                {"erased": concept, "method": method},
+            )
             before = [one for key, one in solved.items() if key[:2] == (concept, method)]
             if file.exists() or not before:
                 edit = ek.Edit.load(file)

@@ -225,12 +225,12 @@ def test_a_search_goes_on(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):  # one of the two that changed is done, and nothing else is lost
         search.main(arguments)
     found = records.read(tmp_path / "a.json")
-    assert done[18:] == ["lam 0.01, lion"]
+    assert done[len(labels) :] == ["lam 0.01, lion"]
     assert found.edits.keys() == {*labels} - {"lam 0.01, bus", "lam 0.01, meals"}
     assert found.edits["lam 0.01, lion"].config["lam"] == 0.02
     limit = 100
     search.main(arguments)
-    assert done[19:] == ["lam 0.01, bus", "lam 0.01, meals"]
+    assert done[len(labels) + 1 :] == ["lam 0.01, bus", "lam 0.01, meals"]
     assert list(records.read(tmp_path / "a.json").edits) == labels
     with pytest.raises(SystemExit):  # another question: nothing is written over
         search.main([*arguments, "--setting", "lam 1"])
@@ -238,7 +238,7 @@ def test_a_search_goes_on(tmp_path, monkeypatch, capsys):
     assert list(records.read(tmp_path / "a.json").edits) == labels
     search.main(["uce", "--setting", "lam 1", "--out", str(tmp_path / "b.json")])
     ten = [f"{setting}, {name}" for setting in ("before", "lam 1") for name in CIFAR]
-    assert list(records.read(tmp_path / "b.json").edits) == ten == done[21:]
+    assert list(records.read(tmp_path / "b.json").edits) == ten == done[len(labels) + 3 :]
 
 
 def test_what_is_the_same_everywhere_has_no_width():
@@ -311,7 +311,8 @@ def test_committed_searches_are_whole_and_of_today_s_settings(name):
     else:  # on the ten classes: what stood before, what has the highest H_o, and what the rule chose
         searched = search.table(FILES[f"search_{method}"])
         highest = searched["setting"][searched["H_o"].idxmax()]
-        on_ten = ("before", highest, *searched["setting"][searched["chosen"]])
+        earlier = ("all tokens", search.KEPT[method]) if method in search.KEPT else ()
+        on_ten = ("before", *earlier, highest, *searched["setting"][searched["chosen"]])
         assert told["setting"].tolist() == list(dict.fromkeys(on_ten))
     trials = search.trials(method, on_ten, seeds)
     assert {label: made.config for label, made in found.edits.items()} == {
@@ -327,6 +328,9 @@ def test_a_preset_is_what_the_search_chose_and_told_better(method):
     """The control: what stood before is another setting wherever the preset was changed, and there alone."""
     found = search.table(FILES[f"search_{method}"])
     chosen = found[found["chosen"]].iloc[0]
+    if method in search.KEPT:
+        assert chosen["setting"] != search.KEPT[method]
+        chosen = found[found["setting"] == search.KEPT[method]].iloc[0]
     better = chosen["p"] <= 0.05 and chosen["difference"] > 0  # p of what stood before is NaN
     changes = search.SEARCHED[method][chosen["setting"]] if better else {}
     preset, before = METHODS[method].PRESETS["emoji"], search.before(method)

@@ -68,7 +68,9 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "captions": {"templates": EMOJI_CAPTIONS, "preserve_templates": EMOJI_CAPTIONS},
         "ridge 0.1": {"lam": 0.1},
         "all three, RECE's start": OWN_UCE,
-        "preserve_scale 0.1": {"preserve_scale": 0.1},  # what the code of 2023 takes for nine kept concepts or more
+        "preserve_scale 0.1": {
+            "preserve_scale": 0.1
+        },  # what the code of 2023 takes for nine kept concepts or more
     },
     "rece": {
         "RECE": {},
