@@ -95,7 +95,8 @@ def _in_pairs(a: str, b: str, folder) -> dict | None:
         return None
     try:
         two = ([_read(file, folder) for file, *_ in one] for one in named)
-        found = records.paired(*two, *measures, attacks_differ=True)  # a claim may be about two attacks
+        # a claim may be about two attacks
+        found = records.paired(*two, *measures, attacks_differ=True, resamples=records.MANY)
     except records.NotKept:
         return None
     return {key: found[key] for key in ("difference", "low", "high", "p")} | {"test": PAIRED}

@@ -89,6 +89,7 @@ def paired_difference(
     b: Sequence[float],
     generator: np.random.Generator,
     clusters: Sequence[Sequence] = (),
+    resamples: int | None = None,
 ) -> dict:
     """Mean of b - a over the same prompts and seeds as {n, difference, low, high, p, separates}.
 
@@ -96,14 +97,14 @@ def paired_difference(
     pictures of one seed share cancels: narrower than two intervals side by side. clusters: labels (n,) of each pair,
     its prompt and its seed, say; then these are resampled, see `clustered`. Where all differences of verdicts
     are one value, there is nothing to resample: as many of them may be another as Wilson's bound of 0/n allows.
-    p: twice the smaller share of resamples on one side of 0, so at least 2 / (`RESAMPLES` + 1); for verdicts no smaller
-    than exact McNemar's.
+    p: twice the smaller share of resamples on one side of 0, so at least 2 / (resamples + 1); for verdicts no smaller
+    than exact McNemar's. resamples: `RESAMPLES` if None; more where p is adjusted for many comparisons.
     separates: the 95 % interval leaves out 0.
     """
     a, b = _finite(a), _finite(b)
     if a.shape != b.shape:
         raise ValueError(f"pairs are needed: {len(a)} values on one side, {len(b)} on the other")
-    resampled = clustered(b - a, clusters or [range(len(a))], generator)
+    resampled = clustered(b - a, clusters or [range(len(a))], generator, resamples)
     low, high = (round(float(end), 5) for end in np.quantile(resampled, [0.025, 0.975]))
     p = two_sided(resampled)
     value = float((b - a)[0])
@@ -129,10 +130,13 @@ def two_sided(resampled: np.ndarray) -> float:
 
 
 def clustered(
-    values: Sequence[float], clusters: Sequence[Sequence], generator: np.random.Generator
+    values: Sequence[float],
+    clusters: Sequence[Sequence],
+    generator: np.random.Generator,
+    resamples: int | None = None,
 ) -> np.ndarray:
-    """Means of values (n,) in `RESAMPLES` resamples that draw whole clusters: of each labelling (n,) its labels, with
-    replacement; a value counts as often as all its labels were drawn together (the pigeonhole bootstrap: Owen, Annals
+    """Means of values (n,) in `resamples` resamples (None: `RESAMPLES`) that draw whole clusters: of each labelling (n,) its labels,
+    with replacement; a value counts as often as all its labels were drawn together (the pigeonhole bootstrap: Owen, Annals
     of Applied Statistics 2007).
 
     Pictures of one prompt, and of one seed, have something in common: taken as independent they give intervals that are
@@ -142,9 +146,9 @@ def clustered(
     if not clusters or any(len(labels) != len(values) for labels in clusters):
         raise ValueError(f"one label for each of the {len(values)} values is needed in each labelling")
     coded = [np.unique(np.asarray(labels), return_inverse=True) for labels in clusters]
-    found = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, 200):
-        weights = np.ones((min(200, RESAMPLES - start), len(values)))
+    found = np.empty(resamples or RESAMPLES)
+    for start in range(0, len(found), 200):
+        weights = np.ones((min(200, len(found) - start), len(values)))
         for labels, code in coded:
             drawn = generator.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), len(weights))
             weights *= drawn[:, code]

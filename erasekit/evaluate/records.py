@@ -57,6 +57,7 @@ class EditMade:
         return "-".join([self.method, *(one for one in values if one.isalpha() and one not in NOT_WORDS)])
 
 
+MANY = 20_000  # resamples where p is adjusted for many comparisons: with 2,000 the smallest p of 16 would be 0.016
 NOT_WORDS = ("True", "False", "None")
 
 
@@ -167,13 +168,17 @@ def shown(value: dict) -> str:
 
 
 def paired(
-    a: Result | Sequence[Result], b: Result | Sequence[Result], measure: str, attacks_differ: bool = False
+    a: Result | Sequence[Result],
+    b: Result | Sequence[Result],
+    measure: str,
+    attacks_differ: bool = False,
+    resamples: int | None = None,
 ) -> dict:
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
     a, b: sequences of files are taken one to one, and their pictures together. measure: of attacks "raw", "attack" or
     "alone". attacks_differ: two attacks are compared on the same prompts and seeds; of one attack the budgets must
-    agree still. `NotKept` for a file that does not keep every picture's verdict, ValueError for two protocols or other
+    agree still. resamples: as there. `NotKept` for a file that does not keep every picture's verdict, ValueError for two protocols or other
     pictures.
     """
     before, after, where = [], [], []
@@ -189,7 +194,8 @@ def paired(
         where += first
         before += first.values()
         after += [second[key] for key in first]
-    return metrics.paired_difference(before, after, np.random.default_rng(0), list(zip(*where, strict=True)))
+    clusters = list(zip(*where, strict=True))
+    return metrics.paired_difference(before, after, np.random.default_rng(0), clusters, resamples)
 
 
 def control_of(attacked: Result, folder: Path = RESULTS) -> Result:
@@ -226,7 +232,7 @@ def beside_control(
         control = control_of(one, folder)
         counts = one.value(measure, one.label)
         rows[name] = {"k": counts["k"], "n": counts["n"], "control": control.value(measure, NO_TEXT)["k"]}
-        rows[name] |= paired(control, one, measure)
+        rows[name] |= paired(control, one, measure, resamples=MANY)
     table = pd.DataFrame.from_dict(rows, orient="index")
     table["holm"] = metrics.holm(table["p"])
     seen = table["holm"] <= 0.05
