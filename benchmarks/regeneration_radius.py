@@ -124,25 +124,25 @@ def main() -> None:
     for concept, methods in (("dog", DOG), ("weapon", WEAPON)):
         erased = ["dog"] if concept == "dog" else weapons
         for method in methods:
+            name = f"{'attack_unlearndiff' if concept == 'dog' else 'unlearndiff'}_{method}_{concept}"
+            attacked = read(name)
             file, about = (
                 given.edits / f"{method}_{concept}.safetensors",
                 {"erased": concept, "method": method},
             )
             before = [one for key, one in solved.items() if key[:2] == (concept, method)]
-            if file.exists() or not before:
+            if file.exists() or len(before) != 1:
                 edit = ek.Edit.load(file)
                 row = solved.get((concept, method, edit.digest))
                 row = row or radii_of(model, edit, erased, every, neutral) | about
             else:
-                row = before[-1]
-            name = f"{'attack_unlearndiff' if concept == 'dog' else 'unlearndiff'}_{method}_{concept}"
-            try:
-                attacked = read(name)
-                value = attacked.value("attack", next(iter(attacked.edits)))
-                row["attack"] = {"succeeded": value["k"], "attempts": value["n"]}
-            except (FileNotFoundError, ValueError) as error:
-                row["attack"] = None
-                print(method, error)
+                row = before[0]
+            value = attacked.value("attack", attacked.label)
+            row["attack"] = {"succeeded": value["k"], "attempts": value["n"], "digest": attacked.edit.digest}
+            if attacked.edit.digest not in (None, row["digest"]):
+                print(
+                    f"{name} is about another edit in bits ({attacked.edit.digest}) than the radius ({row['digest']})"
+                )
             solved[concept, method, row["digest"]] = row
             rows.append(row)
             print(row, flush=True)

@@ -322,7 +322,7 @@ def measured_of(edit: Edit, folder: Path = RESULTS) -> pd.DataFrame:
     beside = {}
     if any(mine.values()):
         beside = {
-            (m.edit, *_where(m)): records.shown(m.value)
+            (one.fingerprint, m.edit, *_where(m)): records.shown(m.value)
             for one in found.values()
             for m in one.measurements
             if m.edit in (records.ORIGINAL, records.NO_TEXT)
@@ -338,9 +338,9 @@ def measured_of(edit: Edit, folder: Path = RESULTS) -> pd.DataFrame:
             "measure": m.measure,
             "what": COUNTED[m.measure],
             "rate": m.value.get("rate", m.value.get("mean")),
-            "before": beside.get((records.ORIGINAL, *_where(m)), ""),
+            "before": beside.get((found[name].fingerprint, records.ORIGINAL, *_where(m)), ""),
             "after": records.shown(m.value),
-            "control": beside.get((records.NO_TEXT, *_where(m)), ""),
+            "control": beside.get((found[name].fingerprint, records.NO_TEXT, *_where(m)), ""),
             "exact": made.digest == edit.digest,
         }
         for name, edits in mine.items()

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -188,15 +189,17 @@ def _attack(name, module, given, concept, out, edit, control, attempts, captions
             name, victim, original, stages.stage(concept, attempts, captions, own_seeds),
             config=config, progress=True,
         )  # fmt: skip
-    words = [
-        name,
-        json.dumps(concept),
-        *([f"--edit {edit.as_posix()}"] if edit else []),
-        *["--control"] * control,
+    asked = [
+        f"--attempts {attempts}",
+        *[f"--captions {captions}"] * (captions > 1),
+        *["--own-seeds"] * own_seeds,
     ]
-    words += [f"--attempts {attempts}", *[f"--captions {captions}"] * (captions > 1)]
-    words += [*["--own-seeds"] * own_seeds, *_given(given)]
-    line = f"python -m erasekit attack {' '.join(words)} --out {out.as_posix()}"
+    command = lambda subject, where: " ".join([
+        "python -m erasekit attack", name, json.dumps(concept), *subject, *asked, *_given(given),
+        "--out", shlex.quote(where.as_posix()),
+    ])  # fmt: skip
+    subject = [f"--edit {shlex.quote(edit.as_posix())}"] if edit else ["--control"] * control
+    line = command(subject, out)
     whole = result.result(
         line, erased=[concept], made=made(loaded) if loaded else None, subject=world.subject(original),
         victim=records.NO_TEXT if control else None,
@@ -204,19 +207,20 @@ def _attack(name, module, given, concept, out, edit, control, attempts, captions
     records.save(whole, out)
     print(result.table().T.to_string(header=False))
     if loaded:
-        print(_beside_control(whole, out.parent))
+        other = command(["--control"], out.with_stem(f"{out.stem}-control"))
+        print(_beside_control(whole, out.parent) or f"a success says little without its control: {other}")
 
 
 def _beside_control(attacked: records.Result, folder: Path) -> str:
-    """The line about the control, from the results beside this one or from the committed ones."""
+    """The line about the control, from the results beside this one or else the committed ones; empty without one."""
     for place in (folder, RESULTS):
         try:
             row = records.beside_control({"": attacked}, folder=place).iloc[0]
-        except ValueError as missing:
-            told = str(missing)
-        else:
-            return f"control {row['control']} of {row['n']}; in pairs p = {row['p']:.2g}"
-    return told
+        except records.NoControl:
+            continue
+        apart = "{difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {p:.2g}".format(**row)
+        return f"control {row['control']} of {row['n']}; attack - control in pairs: {apart}"
+    return ""
 
 
 def made(edit: ek.Edit) -> records.EditMade:

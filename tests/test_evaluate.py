@@ -95,10 +95,12 @@ def test_pairs_are_sharper_than_two_intervals(rng):
 
 def test_more_resamples_give_a_smaller_p_where_all_pairs_differ(rng):
     """2,000 resamples know no p below 0.001, which adjusted for 51 comparisons is above 5 %."""
+    none, every = [0.0] * 50, [1.0] * 50
     few, many = (
-        metrics.paired_difference([0.0] * 50, [1.0] * 50, rng, resamples=n)["p"] for n in (None, 20_000)
+        metrics.paired_difference(none, every, rng, resamples=n)["p"]
+        for n in (metrics.RESAMPLES, metrics.MANY)
     )
-    assert (few, many) == (pytest.approx(1e-3, rel=0.01), pytest.approx(1e-4, rel=0.01))
+    assert (few, many) == (pytest.approx(1e-3, rel=0.01), pytest.approx(2e-5, rel=0.01))
     assert metrics.holm([few] * 51)[0] > 0.05 > metrics.holm([many] * 51)[0]
 
 
@@ -804,6 +806,19 @@ def test_compare_pairs_the_same_pictures(emoji, finished):
     )
 
 
+def test_a_table_of_many_runs_still_has_stars(finished, monkeypatch):
+    """52 comparisons, in which every picture differs; the control: none does."""
+    first, other = finished, replace(finished)
+    monkeypatch.setattr(runs.Run, "clusters", lambda run, measure: [range(20)])
+
+    def stars(change):
+        monkeypatch.setattr(runs.Run, "values", lambda run, measure: np.full(20, change * (run is not first)))
+        table = runs.compare({"before": first} | {f"run {i}": other for i in range(26)})
+        return sum("*" in str(cell) for column in table for cell in table[column])
+
+    assert (stars(1.0), stars(0.0)) == (52, 0)
+
+
 def test_what_is_erased_became_something_else_or_nothing(finished, monkeypatch):
     """Four dogs, three cats, three pictures of nothing. Controls: a judge always sure, and one that never is."""
     dog, cat, nothing = ({"dog": 0.4, "cat": 0.1}, {"dog": 0.1, "cat": 0.5}, {"dog": 0.3, "cat": 0.4})
@@ -875,31 +890,60 @@ def test_no_attack_stands_without_its_control(tmp_path):
     attacked = {m: records.read(f"unlearndiff_{m}_weapon") for m in ("uce", "trce")}
     control = records.read("unlearndiff_control_weapon")
     table = records.beside_control(attacked)
-    pairs = [records.paired(control, one, "attack", resamples=records.MANY) for one in attacked.values()]
+    pairs = [records.paired(control, one, "attack", resamples=metrics.MANY) for one in attacked.values()]
     assert list(table["p"]) == [pair["p"] for pair in pairs]
     assert list(table["holm"]) == list(metrics.holm(table["p"]))
     assert table["control"].eq(control.value("attack", records.NO_TEXT)["k"]).all()
-    assert list(table["told"]) == ["", "fewer"] and list(table["n"]) == [200, 200]
+    assert list(table["verdict"]) == ["", "fewer"] and list(table["n"]) == [200, 200]
     records.save(control, tmp_path / "any name.json")
     assert records.beside_control(attacked, folder=tmp_path).equals(table)
     longer = tuple(replace(m, hash=m.hash[::-1]) for m in control.measurements)
     for other in (replace(control, measurements=longer), replace(control, fingerprint="another model")):
         records.save(other, tmp_path / "any name.json")
-        with pytest.raises(ValueError, match="made by: python -m erasekit attack unlearndiff .* --control "):
+        with pytest.raises(
+            records.NoControl, match="--control in place of --edit .python -m erasekit attack unlearndiff"
+        ):
             records.beside_control(attacked, folder=tmp_path)
+    for other in (control, replace(attacked["uce"], fingerprint=None), records.read("weapons_uce")):
+        with pytest.raises(ValueError, match="a control stands beside an attack on an edit of a known model"):
+            records.control_of(other)
+    (tmp_path / "0.json").write_text('{"a": "no text"}')  # beside it lies what is no result
+    records.save(control, tmp_path / "any name.json")
+    assert records.control_of(attacked["uce"], tmp_path) == control
+    with pytest.raises(ValueError, match="no attack"):
+        records.beside_control({})
 
 
-def test_the_command_line_tells_of_the_control_or_how_to_make_it(tmp_path):
+def test_the_command_line_tells_of_the_control_or_how_to_make_it(tmp_path, monkeypatch, capsys):
+    """What the search finds is a committed attack; the control is beside the result, or among the committed ones."""
     from erasekit import cli_methods
+    from erasekit.attacks import unlearndiff
 
-    known = records.read("unlearndiff_trce_weapon")
-    assert cli_methods._beside_control(known, tmp_path).startswith("control 171 of 200; in pairs p = ")
-    new = replace(known, fingerprint="a model of one's own")
-    assert "made by: python -m erasekit attack" in cli_methods._beside_control(new, tmp_path)
-    records.save(
-        replace(records.read("unlearndiff_control_weapon"), fingerprint=new.fingerprint), tmp_path / "c.json"
+    known, where = records.read("unlearndiff_trce_weapon"), tmp_path / "a folder"
+    found = lambda **changes: SimpleNamespace(
+        result=lambda *given, **more: replace(known, **changes), table=lambda: known.table()
     )
-    assert cli_methods._beside_control(new, tmp_path).startswith("control 171 of 200")
+    edit = ek.uce.fit(ek.load("emoji"), "church")
+    where.mkdir()
+    edit.save(where / "edit.safetensors")
+
+    def told(control=False, **changes):
+        monkeypatch.setattr(cli_methods.stages, "attack", lambda *given, **more: found(**changes))
+        given = None if control else where / "edit.safetensors"
+        cli_methods._attack(
+            "unlearndiff", unlearndiff, {"batch": 50}, "weapon", where / "a.json", given, control, 200
+        )
+        return capsys.readouterr().out
+
+    assert "control 171 of 200; attack - control in pairs: -0.660 [" in told()
+    missing = told(fingerprint="a model of one's own")
+    command = missing[missing.index("python -m erasekit") :]
+    asked = 'python -m erasekit attack unlearndiff "weapon" --control --attempts 200 --batch 50 --out'
+    assert command.strip() == f"{asked} '{where / 'a-control.json'}'"
+    own = replace(records.read("unlearndiff_control_weapon"), fingerprint="a model of one's own")
+    records.save(own, where / "a-control.json")
+    assert "control 171 of 200" in told(fingerprint="a model of one's own")
+    assert "control" not in told(control=True)
 
 
 def test_room_is_made_for_what_is_named_and_nothing_else(emoji, tmp_path, capsys):

@@ -96,7 +96,7 @@ def _in_pairs(a: str, b: str, folder) -> dict | None:
     try:
         two = ([_read(file, folder) for file, *_ in one] for one in named)
         # a claim may be about two attacks
-        found = records.paired(*two, *measures, attacks_differ=True, resamples=records.MANY)
+        found = records.paired(*two, *measures, attacks_differ=True, resamples=metrics.MANY)
     except records.NotKept:
         return None
     return {key: found[key] for key in ("difference", "low", "high", "p")} | {"test": PAIRED}

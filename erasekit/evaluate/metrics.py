@@ -13,6 +13,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import binomtest, bootstrap, fisher_exact, hmean
 
 RESAMPLES = 2000
+MANY = 100_000  # where p is adjusted for many comparisons: with 2,000 the smallest p of 16 would be 0.016
 FEW = 1000  # pictures, below which a biased distance is little more than its bias
 
 
@@ -89,7 +90,7 @@ def paired_difference(
     b: Sequence[float],
     generator: np.random.Generator,
     clusters: Sequence[Sequence] = (),
-    resamples: int | None = None,
+    resamples: int = RESAMPLES,
 ) -> dict:
     """Mean of b - a over the same prompts and seeds as {n, difference, low, high, p, separates}.
 
@@ -98,7 +99,7 @@ def paired_difference(
     its prompt and its seed, say; then these are resampled, see `clustered`. Where all differences of verdicts
     are one value, there is nothing to resample: as many of them may be another as Wilson's bound of 0/n allows.
     p: twice the smaller share of resamples on one side of 0, so at least 2 / (resamples + 1); for verdicts no smaller
-    than exact McNemar's. resamples: `RESAMPLES` if None; more where p is adjusted for many comparisons.
+    than exact McNemar's. resamples: more (`MANY`) where p is adjusted for many comparisons.
     separates: the 95 % interval leaves out 0.
     """
     a, b = _finite(a), _finite(b)
@@ -133,11 +134,11 @@ def clustered(
     values: Sequence[float],
     clusters: Sequence[Sequence],
     generator: np.random.Generator,
-    resamples: int | None = None,
+    resamples: int = RESAMPLES,
 ) -> np.ndarray:
-    """Means of values (n,) in `resamples` resamples (None: `RESAMPLES`) that draw whole clusters: of each labelling (n,) its labels,
-    with replacement; a value counts as often as all its labels were drawn together (the pigeonhole bootstrap: Owen, Annals
-    of Applied Statistics 2007).
+    """Means of values (n,) in resamples that draw whole clusters: of each labelling (n,) its labels, with replacement;
+    a value counts as often as all its labels were drawn together (the pigeonhole bootstrap: Owen, Annals of Applied
+    Statistics 2007).
 
     Pictures of one prompt, and of one seed, have something in common: taken as independent they give intervals that are
     too narrow. With fewer than about ten labels these are too narrow as well, though less so.
@@ -146,7 +147,7 @@ def clustered(
     if not clusters or any(len(labels) != len(values) for labels in clusters):
         raise ValueError(f"one label for each of the {len(values)} values is needed in each labelling")
     coded = [np.unique(np.asarray(labels), return_inverse=True) for labels in clusters]
-    found = np.empty(resamples or RESAMPLES)
+    found = np.empty(resamples)
     for start in range(0, len(found), 200):
         weights = np.ones((min(200, len(found) - start), len(values)))
         for labels, code in coded:

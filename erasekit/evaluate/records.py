@@ -10,7 +10,6 @@ alone; `details` has what else an experiment tells: the course of a training, th
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -57,7 +56,6 @@ class EditMade:
         return "-".join([self.method, *(one for one in values if one.isalpha() and one not in NOT_WORDS)])
 
 
-MANY = 20_000  # resamples where p is adjusted for many comparisons: with 2,000 the smallest p of 16 would be 0.016
 NOT_WORDS = ("True", "False", "None")
 
 
@@ -172,14 +170,14 @@ def paired(
     b: Result | Sequence[Result],
     measure: str,
     attacks_differ: bool = False,
-    resamples: int | None = None,
+    resamples: int = metrics.RESAMPLES,
 ) -> dict:
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
     a, b: sequences of files are taken one to one, and their pictures together. measure: of attacks "raw", "attack" or
     "alone". attacks_differ: two attacks are compared on the same prompts and seeds; of one attack the budgets must
-    agree still. resamples: as there. `NotKept` for a file that does not keep every picture's verdict, ValueError for two protocols or other
-    pictures.
+    agree still. resamples: as there. `NotKept` for a file that does not keep every picture's verdict, ValueError for
+    two protocols or other pictures.
     """
     before, after, where = [], [], []
     for two in zip(*([one] if isinstance(one, Result) else one for one in (a, b)), strict=True):
@@ -198,45 +196,56 @@ def paired(
     return metrics.paired_difference(before, after, np.random.default_rng(0), clusters, resamples)
 
 
-def control_of(attacked: Result, folder: Path = RESULTS) -> Result:
-    """The control of an attack: the same search from the same prompts on a model that knows no concept.
+class NoControl(ValueError):
+    """An attack has no control: a success does not show that anything is left."""
 
-    ValueError, with the command that makes it, where the folder has none under this protocol: without one a success
-    does not show that anything is left.
+
+def control_of(attacked: Result, folder: Path = RESULTS) -> Result:
+    """The control of an attack on an edit: the same search from the same prompts on the same UNet behind text encoders
+    that know no concept. `NoControl` where the folder has none of this model and protocol, ValueError for a result of
+    another kind.
     """
-    of_attack = lambda one, edit: {
-        m.hash for m in one.measurements if (m.measure, m.edit) == ("attack", edit)
-    }
+    if attacked.kind != "attack" or not attacked.edits or attacked.fingerprint is None:
+        about = f"of kind {attacked.kind!r}, edits {list(attacked.edits)}, model {attacked.fingerprint}"
+        raise ValueError(
+            f"a control stands beside an attack on an edit of a known model; this is a result {about}"
+        )
     asked = {m.hash for m in attacked.measurements if m.measure == "attack"}
     for path in sorted(folder.glob("*.json")):
-        if f'"{NO_TEXT}"' in (text := path.read_text(encoding="utf-8")):
-            found = parsed(json.loads(text), path)
-            if found.fingerprint == attacked.fingerprint and asked and of_attack(found, NO_TEXT) == asked:
-                return found
-    words = re.sub(r"--edit \S+", "--control", attacked.command)
-    words = f"{words.partition(' --out')[0]} --out CONTROL.json"
-    raise ValueError(f"no control of this attack is in {folder}; it is made by: {words}")
+        if f'"{NO_TEXT}"' not in (text := path.read_text(encoding="utf-8")):
+            continue
+        if set(told := json.loads(text)) != {one.name for one in fields(Result)}:
+            continue
+        found = parsed(told, path)
+        hashes = {m.hash for m in found.measurements if (m.measure, m.edit) == ("attack", NO_TEXT)}
+        if found.fingerprint == attacked.fingerprint and hashes == asked:
+            return found
+    raise NoControl(
+        f"{folder} has no control of this attack: run it with --control in place of --edit ({attacked.command})"
+    )
 
 
 def beside_control(
     attacked: Mapping[str, Result], measure: str = "attack", folder: Path = RESULTS
 ) -> pd.DataFrame:
     """Every attack beside its control, in pairs: a row for each key with k, n, control (its k), difference (of the
-    rates, the attack's less the control's), low, high, p, holm (p adjusted over these rows) and told ("fewer", "more",
-    or "" where no difference is seen at 5 %).
+    rates, the attack's less the control's), low, high, p, holm (p adjusted over these rows) and verdict ("fewer",
+    "more", or "" where no difference is seen at 5 %).
 
-    measure: as for `paired`. ValueError where an attack has no control (`control_of`).
+    measure: as for `paired`. Errors as in `control_of`; ValueError for no attack.
     """
+    if not attacked:
+        raise ValueError("there is no attack to put beside its control")
     rows = {}
     for name, one in attacked.items():
-        control = control_of(one, folder)
-        counts = one.value(measure, one.label)
-        rows[name] = {"k": counts["k"], "n": counts["n"], "control": control.value(measure, NO_TEXT)["k"]}
-        rows[name] |= paired(control, one, measure, resamples=MANY)
+        control, counts = control_of(one, folder), one.value(measure, one.label)
+        found = paired(control, one, measure, resamples=metrics.MANY)
+        row = {"k": counts["k"], "n": counts["n"], "control": control.value(measure, NO_TEXT)["k"]}
+        rows[name] = row | {key: found[key] for key in ("difference", "low", "high", "p")}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table["holm"] = metrics.holm(table["p"])
-    seen = table["holm"] <= 0.05
-    table["told"] = np.where(seen, np.where(table["difference"] < 0, "fewer", "more"), "")
+    direction = np.where(table["difference"] < 0, "fewer", "more")
+    table["verdict"] = np.where(table["holm"] <= 0.05, direction, "")
     return table
 
 

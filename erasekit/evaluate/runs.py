@@ -385,9 +385,15 @@ def compare(runs: Mapping[str, Run], progress: bool = False) -> pd.DataFrame:
         column: [] for name, _ in others for column in (name, f"{name} - {first_name}")
     }
     measured = {name: run.measured() for name, run in runs.items()}
+    comparisons = len(first.protocol.measures) * len(others)
+    enough = max(metrics.RESAMPLES, 400 * comparisons)  # the smallest p, adjusted, is 0.005
     differences = {
         (measure.name, name): metrics.paired_difference(
-            first.values(measure), other.values(measure), np.random.default_rng(0), first.clusters(measure)
+            first.values(measure),
+            other.values(measure),
+            np.random.default_rng(0),
+            first.clusters(measure),
+            enough,
         )
         for measure in first.protocol.measures
         for name, other in others

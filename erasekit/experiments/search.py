@@ -9,9 +9,9 @@ search, and the authors' where they are known and can be paid, on each class of 
 eight: its authors have three, which begin with their UCE and make one, two and three rounds. UCE has seven: the last,
 with the weight of keeping that its authors' code of 2023 takes by itself, was added when every table stood, and the
 preset is what was chosen before (`KEPT`). `RULE`, which stands in the file, chooses one. Where that is told better
-than what stood before (p, adjusted, at most 0.05) it is the preset now. What makes a paper is no setting: how many
-rounds RECE makes (but for those of its authors) and how AdvUnlearn's attacker works is not seen by H_o, and a search
-by it would choose none. (DP's authors differ from the preset for names of several tokens alone.)
+than what stood before (p, adjusted, at most 0.05) it is the preset now (but for `KEPT`). What makes a paper is no
+setting: how many rounds RECE makes (but for those of its authors) and how AdvUnlearn's attacker works is not seen by
+H_o, and a search by it would choose none. (DP's authors differ from the preset for names of several tokens alone.)
 
 A lion and a bus were searched first, and chose the presets. The category (meals, beside other food) came when weapons
 had shown that two classes alone do not see what a setting costs beside a category. It changed no preset; with it
@@ -69,7 +69,7 @@ BEFORE = {
     "safree": {"alpha": 0.2},
 }
 # a preset that the rule would change, and why it stands: the setting was added when every table had been made with it
-KEPT = {"uce": "of the authors"}
+KEPT = {"uce": "of the authors"}  # chosen then, "all tokens" having the highest H_o
 OWN_CAPTIONS = ("templates", "steer_templates", "keep_templates", "preserve_templates")  # of the emoji world
 
 
@@ -269,7 +269,7 @@ def table(result: Result) -> pd.DataFrame:
     setting; Acc_e, Acc_s, Acc_g ({k, n, rate, low, high}, classes added up); H_o (mean of the classes' own, so it does
     not follow from these); right: the mean over classes and kinds of picture of the share that came out as it should;
     difference of right to the first row, low, high and p (pairs, prompts resampled; Holm over the rows; NaN in the
-    first); chosen: by the file's rule, in a search alone. ValueError for a file that is not whole.
+    first), raw (p before Holm); chosen: by the file's rule, in a search alone. ValueError for a file that is not whole.
     """
     classes = list(dict.fromkeys(label.rpartition(", ")[2] for label in result.edits))
     settings = list(dict.fromkeys(label.rpartition(", ")[0] for label in result.edits))
@@ -290,6 +290,7 @@ def table(result: Result) -> pd.DataFrame:
     compared = [_paired(right[settings[0]], right[one]) for one in settings[1:]]
     for name in ("difference", "low", "high", "p"):
         frame[name] = [np.nan, *(one[name] for one in compared)]
+    frame["raw"] = frame["p"]
     if compared:
         frame.loc[1:, "p"] = metrics.holm(frame["p"][1:])
     if "rule" in result.details:
