@@ -8,9 +8,10 @@
    all other concepts' prompts.
 3. Their order beside that of UnlearnDiffAtk's successes on the same edits, as committed: Kendall's tau-b, and its p.
 
-The edits are the attacked ones: `build/edits/METHOD_CONCEPT.safetensors`, which `workflow/Snakefile` makes; a row whose
-edit is not there any more stays as it was solved. Edits of more than keys and values (ESD, AdvUnlearn, TRCE with both
-stages) and filters have no radius.
+The edits have the settings of the attacked ones: `build/edits/METHOD_CONCEPT.safetensors`, which `workflow/Snakefile`
+makes; a row whose edit is not there any more stays as it was solved. `attack` has the digest of the edit that was
+attacked (null in older files); RECE's on weapons is another, solved by two threads. Edits of more than keys and values
+(ESD, AdvUnlearn, TRCE with both stages) and filters have no radius.
 """
 
 import argparse
