@@ -838,7 +838,7 @@ def test_what_is_erased_became_something_else_or_nothing(finished, monkeypatch):
 def test_two_attacks_of_one_protocol_are_compared_in_pairs():
     mace, trce, longer = (
         records.read(name)
-        for name in ("attack_unlearndiff_mace_dog", "attack_unlearndiff_trce_dog", "unlearndiff_esd_dog")
+        for name in ("attack_unlearndiff_mace_dog", "attack_unlearndiff_trce_dog", "unlearndiff_esd_dog_100")
     )
     counts = [one.value("attack", one.label) for one in (mace, trce)]
     found = records.paired(mace, trce, "attack")
