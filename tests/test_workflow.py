@@ -411,4 +411,5 @@ def test_the_committed_audit_is_about_committed_files():
     drawn = ["objects", "context", "weapons"]
     assert set(rows["cell"]) <= set(audit.lot(drawn))
     read = " ".join((ROOT / "README.md").read_text().split())
+    assert f"The {len(audit.lot())} cells of the grid" in read
     assert told in read and f"among the {len(audit.lot(drawn))} of these three kinds" in read
