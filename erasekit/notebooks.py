@@ -254,10 +254,12 @@ def run_all(
     force: bool = False,
     executed: Path = EXECUTED,
     figures: Path = FIGURES,
+    finished: Callable[[Path], None] | None = None,
 ) -> dict[str, str]:
     """Run notebooks in `jobs` processes, skip unchanged ones; returns {name: explanation} of the failures.
 
-    Every override is checked against every notebook before the first one starts.
+    Every override is checked against every notebook before the first one starts. finished: called with the path of each
+    notebook that was run without a failure, while others still run.
     """
     overrides = overrides or {}
     if jobs < 1:
@@ -296,6 +298,8 @@ def run_all(
                     failures[path.stem] = problem
                 else:
                     write_atomically(executed / f"{path.stem}.key", keys[path])
+                    if finished:
+                        finished(path)
                 progress.finish(path.stem, problem)
     return failures
 
@@ -477,28 +481,29 @@ def canonical(notebook) -> str:
 def refresh(
     paths: Sequence[Path], *, jobs: int = 1, executed: Path = EXECUTED, figures: Path = FIGURES
 ) -> dict[str, str]:
-    """Re-execute with the default parameters and put the outputs, canonical, into the notebooks themselves.
+    """Re-execute with the default parameters; the outputs, canonical, go into each notebook as soon as it is finished.
 
     A notebook that fails is left as it was. Returns {name: explanation} of the failures.
     """
+    take = lambda path: _take_outputs(path, executed / path.name)
+    return run_all(paths, jobs=jobs, force=True, executed=executed, figures=figures, finished=take)
+
+
+def _take_outputs(path: Path, executed: Path) -> None:
     import nbformat
 
-    failures = run_all(paths, jobs=jobs, force=True, executed=executed, figures=figures)
-    for path in paths:
-        if path.stem not in failures:
-            source, done = nbformat.read(path, 4), nbformat.read(executed / path.name, 4)
-            for cell, result in zip(source.cells, done.cells, strict=True):
-                if cell.cell_type == "code":
-                    cell.outputs, cell.execution_count = result.outputs, result.execution_count
-                    for data in (output.get("data", {}) for output in cell.outputs):
-                        if "image/png" in data:
-                            data["image/png"] = _smaller_png(data["image/png"])
-                        if "image/svg+xml" in data:
-                            data["image/svg+xml"] = EMBEDDED.sub(
-                                lambda found: found[1] + _smaller_png(found[2]), data["image/svg+xml"]
-                            )
-            write_atomically(path, canonical(source))
-    return failures
+    source, done = nbformat.read(path, 4), nbformat.read(executed, 4)
+    for cell, result in zip(source.cells, done.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = result.outputs, result.execution_count
+            for data in (output.get("data", {}) for output in cell.outputs):
+                if "image/png" in data:
+                    data["image/png"] = _smaller_png(data["image/png"])
+                if "image/svg+xml" in data:
+                    data["image/svg+xml"] = EMBEDDED.sub(
+                        lambda found: found[1] + _smaller_png(found[2]), data["image/svg+xml"]
+                    )
+    write_atomically(path, canonical(source))
 
 
 EMBEDDED = re.compile(r"(data:image/png;base64,\s*)([A-Za-z0-9+/=\s]+)")  # a picture inside a figure

@@ -302,6 +302,17 @@ def test_refresh_writes_canonical_outputs_and_leaves_a_failing_notebook_alone(fo
     assert good.read_bytes() == first, "refreshing twice changes nothing"
 
 
+def test_refresh_keeps_what_is_finished_while_others_run(folder, tmp_path, monkeypatch):
+    """An interrupted list loses nothing: the second notebook sees the first with its outputs."""
+    monkeypatch.setattr(notebooks, "fingerprint", lambda: "frozen")
+    first = write_notebook(folder / "a.ipynb", "print('seen')")
+    look = f"[one.get('outputs') for one in nbformat.read({str(first)!r}, 4).cells]"
+    second = write_notebook(folder / "b.ipynb", f"import time, nbformat; time.sleep(2); print({look})")
+    assert printed(first) == ""
+    notebooks.refresh([first, second], executed=tmp_path / "build", figures=tmp_path)
+    assert "seen" in printed(second)
+
+
 @pytest.fixture
 def verify(tmp_path, monkeypatch):
     """verify beside `run_all`, and what pytest was called with."""
