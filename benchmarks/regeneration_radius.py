@@ -127,15 +127,15 @@ def main() -> None:
         for method in methods:
             name = f"{'attack_unlearndiff' if concept == 'dog' else 'unlearndiff'}_{method}_{concept}"
             attacked = read(name)
-            file, about = (
-                given.edits / f"{method}_{concept}.safetensors",
-                {"erased": concept, "method": method},
-            )
+            file = given.edits / f"{method}_{concept}.safetensors"
             before = [one for key, one in solved.items() if key[:2] == (concept, method)]
             if file.exists() or len(before) != 1:
                 edit = ek.Edit.load(file)
                 row = solved.get((concept, method, edit.digest))
-                row = row or radii_of(model, edit, erased, every, neutral) | about
+                row = row or radii_of(model, edit, erased, every, neutral) | {
+                    "erased": concept,
+                    "method": method,
+                }
             else:
                 row = before[0]
             value = attacked.value("attack", attacked.label)
@@ -159,7 +159,7 @@ def order(rows: list[dict]) -> list[dict]:
     """Kendall's tau-b between a radius and the attack's success, for each kind of radius; -1: as it should be."""
     found = []
     for concept in ("dog", "weapon"):
-        here = [row for row in rows if row["erased"] == concept and row["attack"]]
+        here = [row for row in rows if row["erased"] == concept]
         rates = [row["attack"]["succeeded"] / row["attack"]["attempts"] for row in here]
         for kind in ("own", "nearest"):
             for tau in here[0][kind]:

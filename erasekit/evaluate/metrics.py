@@ -148,8 +148,8 @@ def clustered(
         raise ValueError(f"one label for each of the {len(values)} values is needed in each labelling")
     coded = [np.unique(np.asarray(labels), return_inverse=True) for labels in clusters]
     found = np.empty(resamples)
-    for start in range(0, len(found), 200):
-        weights = np.ones((min(200, len(found) - start), len(values)))
+    for start in range(0, resamples, 200):
+        weights = np.ones((min(200, resamples - start), len(values)))
         for labels, code in coded:
             drawn = generator.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), len(weights))
             weights *= drawn[:, code]

@@ -16,8 +16,8 @@ unedited model still draws a concept at tau = 0.4 on the way to another concept 
 100), but at 0.6 in a random direction (81 of 100), so there is no one tau. Its order and that of UnlearnDiffAtk's
 successes go against each other on "dog", as they should, but no more than by luck (Kendall's tau-b -0.57 at tau = 0.4
 from the nearest other prompt, eight edits, p = 0.061; 0.73 adjusted for the fourteen orders that were tried), and the
-other way on the weapons (0.47, six edits; DP and SPEED were searched there later). Use it to see what an edit closed,
-not how safe it is; notebook 14 draws both.
+other way on the weapons (0.50, eight edits, p = 0.11). Use it to see what an edit closed, not how safe it is; notebook
+14 draws both.
 """
 
 from collections.abc import Iterable

@@ -205,21 +205,28 @@ def control_of(attacked: Result, folder: Path = RESULTS) -> Result:
     that know no concept. `NoControl` where the folder has none of this model and protocol, ValueError for a result of
     another kind.
     """
+    return _control_among(_controls(folder), attacked, folder)
+
+
+def _controls(folder: Path) -> list[Result]:
+    """The controls of a folder, by name; files of another layout are passed over."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json"))}
+    told = {path: json.loads(text) for path, text in texts.items() if f'"{NO_TEXT}"' in text}
+    layout = {one.name for one in fields(Result)}
+    return [parsed(one, path) for path, one in told.items() if set(one) == layout]
+
+
+def _control_among(controls: Sequence[Result], attacked: Result, folder: Path) -> Result:
     if attacked.kind != "attack" or not attacked.edits or attacked.fingerprint is None:
         about = f"of kind {attacked.kind!r}, edits {list(attacked.edits)}, model {attacked.fingerprint}"
         raise ValueError(
             f"a control stands beside an attack on an edit of a known model; this is a result {about}"
         )
     asked = {m.hash for m in attacked.measurements if m.measure == "attack"}
-    for path in sorted(folder.glob("*.json")):
-        if f'"{NO_TEXT}"' not in (text := path.read_text(encoding="utf-8")):
-            continue
-        if set(told := json.loads(text)) != {one.name for one in fields(Result)}:
-            continue
-        found = parsed(told, path)
-        hashes = {m.hash for m in found.measurements if (m.measure, m.edit) == ("attack", NO_TEXT)}
-        if found.fingerprint == attacked.fingerprint and hashes == asked:
-            return found
+    for one in controls:
+        hashes = {m.hash for m in one.measurements if (m.measure, m.edit) == ("attack", NO_TEXT)}
+        if one.fingerprint == attacked.fingerprint and hashes == asked:
+            return one
     raise NoControl(
         f"{folder} has no control of this attack: run it with --control in place of --edit ({attacked.command})"
     )
@@ -236,9 +243,9 @@ def beside_control(
     """
     if not attacked:
         raise ValueError("there is no attack to put beside its control")
-    rows = {}
+    rows, controls = {}, _controls(folder)
     for name, one in attacked.items():
-        control, counts = control_of(one, folder), one.value(measure, one.label)
+        control, counts = _control_among(controls, one, folder), one.value(measure, one.label)
         found = paired(control, one, measure, resamples=metrics.MANY)
         row = {"k": counts["k"], "n": counts["n"], "control": control.value(measure, NO_TEXT)["k"]}
         rows[name] = row | {key: found[key] for key in ("difference", "low", "high", "p")}
