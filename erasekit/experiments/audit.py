@@ -3,11 +3,14 @@
     python -m erasekit.experiments.audit 5                                  # the next five of the whole grid
     python -m erasekit.experiments.audit 5 --rule objects --rule weapons    # of these rules
     python -m erasekit.experiments.audit 70 --jobs 2                        # two at a time: each has one core
+    python -m erasekit.experiments.audit 50 --older --rule objects --keep   # first what was made by older code
 
 The whole grid takes about 45 hours of a core. Here each cell is built by Snakemake in a clone of the last commit, where
 no edit, picture or result is kept, and compared with the committed file. The order is that of the SHA-256 of the cells'
-names, so nobody chooses; timings (the rule `benchmark`) are left out. data/results/audit.csv has a row for each:
+names, so nobody chooses; timings (the rule `benchmark`) are left out. With --older the files of protocols that keep no
+verdict of each picture go first, as files did before comparisons in pairs. data/results/audit.csv has a row for each:
 
+    draw        "lot", or "older"
     verdict     "same": all that `promote` compares, so everything but when and where it was made; "counts": every
                 count, but not the last digits of means, of an edit's weights (digest), or what only newer files
                 say; "differs"; "failed"
@@ -41,8 +44,9 @@ from erasekit.experiments import promotion
 from erasekit.paths import RESULTS, ROOT, write_atomically
 
 LOG = RESULTS / "audit.csv"
-COLUMNS = ("cell", "verdict", "details", "committed", "built", "minutes", "machine")
+COLUMNS = ("cell", "draw", "verdict", "details", "committed", "built", "minutes", "machine")
 IDENTITY = ("edit", "attack", "step", "protocol", "measure")  # of a measurement, in a file
+PAIRED = ("objects", "context", "weapons")  # rules whose files keep the verdict of each picture
 LEFT_OUT = ("erase", "benchmark", "uncovered")  # of config.yaml: edits, timings, files that no rule makes
 
 
@@ -64,6 +68,16 @@ def committed(cell: str) -> str:
     """SHA-256 of a cell's committed file; "" where there is none."""
     path = RESULTS / f"{cell}.json"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def older(rules: Sequence[str] = PAIRED) -> list[str]:
+    """The cells of these rules whose committed files keep no verdicts, in the order of the lot. ValueError for a rule
+    whose files never keep any.
+    """
+    if others := set(rules) - {*PAIRED}:
+        raise ValueError(f"--older is for {', '.join(PAIRED)}: files of {', '.join(others)} keep no verdicts")
+    keeps = lambda cell: "verdicts" in promotion.read(RESULTS / f"{cell}.json")["details"]
+    return [cell for cell in lot(rules) if committed(cell) and not keeps(cell)]
 
 
 def rows_of(log: Path) -> pd.DataFrame:
@@ -108,8 +122,8 @@ def rebuilt(cell: str, clone: Path) -> Path:
     return clone / "build" / "results" / f"{cell}.json"
 
 
-def audited(cell: str, keep: Path | None = None) -> dict:
-    """A row of the log. keep: a folder for what was built."""
+def audited(cell: str, draw: str, keep: Path | None = None) -> dict:
+    """A row of the log. draw: "lot" or "older". keep: a folder for what was built."""
     start, machine, built = time.perf_counter(), runs.machine(), ""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -125,7 +139,7 @@ def audited(cell: str, keep: Path | None = None) -> dict:
     told = ("processor", "vector_instructions", "threads", "torch", "accelerator")
     about = ", ".join(str(machine[key]) for key in told if key in machine)
     minutes = round((time.perf_counter() - start) / 60, 1)
-    row = (cell, verdict, details, committed(cell), built, minutes, about)
+    row = (cell, draw, verdict, details, committed(cell), built, minutes, about)
     return dict(zip(COLUMNS, row, strict=True))
 
 
@@ -144,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rule", action="append", default=[], help="of workflow/config.yaml; repeat for more"
     )
+    parser.add_argument("--older", action="store_true", help="first the files without verdicts")
     parser.add_argument("--jobs", type=int, default=1, help="cells built at the same time")
     parser.add_argument("--keep", action="store_true", help="what is built, in build/results/")
     parser.add_argument("--log", type=Path, default=LOG)
@@ -153,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (ROOT / ".git").exists():
         parser.error(f"{ROOT} is no git checkout: clone the repository, a cell is built from its last commit")
     try:
-        cells = lot(given.rule)
+        first = older(given.rule or PAIRED) if given.older else []
+        cells = list(dict.fromkeys([*first, *lot(given.rule)]))
     except ValueError as error:
         parser.error(str(error))
     done = set(standing(given.log)["cell"])
@@ -161,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one_at_a_time, stopped = Lock(), Event()
 
     def work(cell: str) -> None:
-        row = audited(cell, promotion.FOLDER if given.keep else None)
+        row = audited(cell, "older" if cell in first else "lot", promotion.FOLDER if given.keep else None)
         if stopped.is_set() and row["verdict"] == "failed":
             return  # what stopped this command has stopped its Snakemake too
         with one_at_a_time:
