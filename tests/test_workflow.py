@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -326,6 +327,28 @@ def test_the_lot_is_the_same_for_all_and_holds_every_cell_but_timings():
     assert set(some) == {*CONFIG["objects"], *CONFIG["weapons"]} and some == [c for c in cells if c in some]
     with pytest.raises(ValueError, match="no rule edits: there are"):
         audit.lot(["edits"])
+
+
+def test_files_without_verdicts_are_older_and_go_first(tmp_path, monkeypatch):
+    """Control: with its verdicts again, the same file waits for its turn in the lot."""
+    first, *others, last = audit.lot(["context"])
+    done = []
+    for cell in (first, *others, last):
+        shutil.copy(RESULTS / f"{cell}.json", tmp_path)
+    whole = (tmp_path / f"{last}.json").read_text()
+    result = json.loads(whole)
+    del result["details"]["verdicts"]
+    (tmp_path / f"{last}.json").write_text(json.dumps(result))
+    monkeypatch.setattr(audit, "RESULTS", tmp_path)
+    monkeypatch.setattr(audit, "rebuilt", lambda cell, clone: done.append(cell) or RESULTS / f"{cell}.json")
+    log = tmp_path / "audit.csv"
+    audit.main(["2", "--older", "--rule", "context", "--log", str(log)])
+    assert done == [last, first]
+    assert audit.rows_of(log)[["draw", "verdict"]].values.tolist() == [["older", "counts"], ["lot", "same"]]
+    (tmp_path / f"{last}.json").write_text(whole)
+    assert audit.older(["context"]) == []
+    with pytest.raises(ValueError, match="--older is for objects, context, weapons: files of attack"):
+        audit.older(["attack"])
 
 
 def test_a_cell_is_compared_by_its_counts_and_by_all_it_says():
