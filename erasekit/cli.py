@@ -4,6 +4,7 @@ Bad input ends in one line on stderr and exit status 2; a failed notebook in exi
 Heavy imports happen inside the commands, so that --help is quick.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ Erased = Annotated[
     list[str],
     Parameter(
         help="What the protocol is about: the erased object, style, characters; for context an object or 'weapon'; the "
-        "protocol weapons needs none."
+        "protocol weapons takes none."
     ),
 ]
 
@@ -136,25 +137,24 @@ def evaluate(
 
     A run that was interrupted goes on; a finished one is only read.
     """
-    import json
-
     import erasekit as ek
-    from erasekit.cli_methods import made
+    from erasekit.cli_methods import made, quoted
     from erasekit.evaluate import records
 
     chosen = _protocol(protocol, erased, pictures, adversarial)
     loaded = ek.Edit.load(edit) if edit else None
+    about = made(loaded) if loaded and out else None  # refused before anything is drawn
     done = ek.evaluate.run(ek.load(model), loaded, chosen)
     print(done.table().to_string(index=False))
     if out:
-        named = "".join(f" --erased {json.dumps(name)}" for name in erased)
-        edited = f" --edit {edit.as_posix()}" if edit else ""
-        elsewhere = f" --model {json.dumps(model)}" if model != "emoji" else ""
-        attacked = f" --adversarial {adversarial.as_posix()}" if adversarial else ""
+        named = "".join(f" --erased {quoted(name)}" for name in erased)
+        edited = f" --edit {shlex.quote(edit.as_posix())}" if edit else ""
+        elsewhere = f" --model {quoted(model)}" if model != "emoji" else ""
+        attacked = f" --adversarial {shlex.quote(adversarial.as_posix())}" if adversarial else ""
         attacked += f" --pictures {pictures}" if pictures != 100 else ""
         options = f"{named}{edited}{elsewhere}{attacked}"
-        command = f"python -m erasekit evaluate {protocol}{options} --out {out.as_posix()}"
-        records.save(done.result(command, made(loaded) if loaded else None), out)
+        command = f"python -m erasekit evaluate {protocol}{options} --out {shlex.quote(out.as_posix())}"
+        records.save(done.result(command, about), out)
 
 
 @app.command
@@ -168,6 +168,9 @@ def compare(
     """The model and edits of it side by side under one protocol, with paired differences on the same seeds."""
     import erasekit as ek
 
+    names = ["before", *(path.stem for path in edits)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two columns would be called {', '.join(twice)}: give an edit's file another name")
     chosen, loaded = _protocol(protocol, erased), ek.load(model)
     runs = {"before": ek.evaluate.run(loaded, None, chosen)}
     for path in edits:
@@ -180,6 +183,8 @@ def _protocol(name: str, erased: Sequence[str], pictures: int = 100, adversarial
 
     build = getattr(protocols, name.replace("-", "_"))
     if name == "weapons":
+        if erased:
+            raise ValueError("the protocol weapons is about all weapons: leave --erased out")
         return build(_found(adversarial) if adversarial else (), pictures)
     if adversarial:
         raise ValueError("adversarial prompts belong to the protocol weapons")
@@ -199,7 +204,10 @@ def _found(path: Path) -> list[str]:
     """The adversarial texts of a result of `attack`, without repeats."""
     from erasekit.evaluate import records
 
-    texts = [one["found"] for one in records.read(path).details["attempts"] if one["found"]]
+    result = records.read(path)
+    if result.kind != "attack" or "attempts" not in result.details:
+        raise ValueError(f"{path} is no result of `attack`: give one, which has the texts that were found")
+    texts = [one["found"] for one in result.details["attempts"] if one["found"]]
     if not texts:
         raise ValueError(f"{path}: this attack found no texts")
     return list(dict.fromkeys(texts))

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -146,9 +147,9 @@ def _run(method, module, given, concepts, out, edit, preserve, anchor, preset) -
     model, fitted = _fitted(module, given, concepts, preserve, anchor, "emoji", preset)
     if edit:
         fitted.save(edit)
-    words = [method, *map(json.dumps, concepts)]
+    words = [method, *map(quoted, concepts)]
     words += _given({"preserve": preserve, "anchor": anchor, "preset": preset, **given})
-    line = f"python -m erasekit run {' '.join(words)} --out {out.as_posix()}"
+    line = f"python -m erasekit run {' '.join(words)} --out {shlex.quote(out.as_posix())}"
     result = world.measure(model, fitted, module.PRESETS["emoji"], command=line, progress=True)
     records.save(result, out)
     told = lambda measure: [
@@ -179,6 +180,7 @@ def _attack(name, module, given, concept, out, edit, control, attempts, captions
     original, loaded = ek.load("emoji"), ek.Edit.load(edit) if edit else None
     if control and loaded:
         raise ValueError("give --control or --edit, not both")
+    about = made(loaded) if loaded else None  # refused before the attack, which takes long
     filtered = loaded is not None and loaded.kind in filters.KINDS  # in no weight that could be merged
     victim = loaded.merged(original) if loaded and not filtered else original.copy()
     if control:
@@ -195,13 +197,13 @@ def _attack(name, module, given, concept, out, edit, control, attempts, captions
         *["--own-seeds"] * own_seeds,
     ]
     command = lambda subject, where: " ".join([
-        "python -m erasekit attack", name, json.dumps(concept), *subject, *asked, *_given(given),
+        "python -m erasekit attack", name, quoted(concept), *subject, *asked, *_given(given),
         "--out", shlex.quote(where.as_posix()),
     ])  # fmt: skip
     subject = [f"--edit {shlex.quote(edit.as_posix())}"] if edit else ["--control"] * control
     line = command(subject, out)
     whole = result.result(
-        line, erased=[concept], made=made(loaded) if loaded else None, subject=world.subject(original),
+        line, erased=[concept], made=about, subject=world.subject(original),
         victim=records.NO_TEXT if control else None,
     )  # fmt: skip
     records.save(whole, out)
@@ -212,32 +214,53 @@ def _attack(name, module, given, concept, out, edit, control, attempts, captions
 
 
 def _beside_control(attacked: records.Result, folder: Path) -> str:
-    """The line about the control, from the results beside this one or else the committed ones; empty without one."""
+    """The line about the control, from the results beside this one or else the committed ones; empty without one. A
+    damaged file there is named on stderr.
+    """
     for place in (folder, RESULTS):
-        try:
-            row = records.beside_control({"": attacked}, folder=place).iloc[0]
-        except records.NoControl:
-            continue
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            try:
+                row = records.beside_control({"": attacked}, folder=place).iloc[0]
+            except records.NoControl:
+                continue
         apart = "{difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {p:.2g}".format(**row)
         return f"control {row['control']} of {row['n']}; attack - control in pairs: {apart}"
     return ""
 
 
 def made(edit: ek.Edit) -> records.EditMade:
-    """What a result says of an edit: its settings beside those of the method's preset for the emoji model."""
-    method = METHODS.get(edit.metadata["method"])
+    """What a result says of an edit: its settings beside those of the method's preset for the emoji model. ValueError
+    for an edit that is by no method of this package alone, as one that was composed.
+    """
+    method = METHODS.get(name := edit.metadata.get("method"))
     if method is None:
-        raise ValueError(f"no method here is called {edit.metadata['method']!r}")
+        raise ValueError(
+            f"no method here is called {name!r}, and a result file tells of one: measure an edit by one method, or "
+            "evaluate without --out"
+        )
     return records.EditMade.of(edit, method.PRESETS["emoji"])
 
 
+def quoted(text: str) -> str:
+    """A word for a shell: in double quotes as far as it reads these as they are."""
+    plain = text.isprintable() and not set("$`!") & set(text)
+    return json.dumps(text, ensure_ascii=False) if plain else shlex.quote(text)
+
+
 def _given(options: dict) -> list[str]:
-    """Options as they are written on the command line."""
-    return [
-        f"--{name.replace('_', '-')} {one if isinstance(one, (int, float)) else json.dumps(one)}"
+    """Options as they are written on the command line, a flag by its name alone."""
+    given = [
+        (name.replace("_", "-"), one)
         for name, value in options.items()
         for one in (value if isinstance(value, (list, tuple)) else [value])
         if one is not None
+    ]
+    return [
+        f"--{'' if one else 'no-'}{name}"
+        if isinstance(one, bool)
+        else f"--{name} {one if isinstance(one, (int, float)) else quoted(one)}"
+        for name, one in given
     ]
 
 

@@ -12,6 +12,7 @@ from test_families import sdxl
 
 import erasekit as ek
 from erasekit.closed_form import ContextMap
+from erasekit.emoji import data
 from erasekit.evaluate import deployment, protocols, records, runs
 from erasekit.evaluate.deployment import Step
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
@@ -108,6 +109,18 @@ def unchanged(model, before: dict) -> bool:
     return weights and all(now[key] == before[key] for key in others if key != "scheduler") and (
         now["scheduler"] is before["scheduler"]
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("erased", ["dog", "weapon", "ink", "noto"])
+def test_what_was_not_erased_is_drawn_in_all_other_styles(erased):
+    """Control: the plain stride, which at 25 dogs takes every fifth prompt, one style."""
+    left = {*data.STYLES} - {erased}
+    for pictures in (13, 25, 50, 100):
+        asked = protocols.deployment(erased, pictures, others=True).prompts
+        assert len(asked) == pictures and {p.style for p in asked} == left
+        assert not {p.concept for p in asked} & {erased}
+    whole = [style for _ in range(103) for style in data.STYLES]
+    assert len({*whole[:: len(whole) // 25][:25]}) == 1
 
 
 NAMES = list(deployment.steps("dog", "church", number=5, sibling=1, lora=1, word=1))[1:]

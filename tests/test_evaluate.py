@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -158,6 +159,25 @@ def test_resampling_clusters_has_the_spread_of_their_means(rng):
         metrics.clustered([1.0, 0.0], [[0]], rng)
 
 
+def test_a_seed_for_every_picture_says_no_more_than_its_prompt(rng):
+    """Resampled beside the prompts, single pictures are counted twice: the intervals get too wide and hide what is
+    there. Controls: few prompts do not stand for them, seeds that prompts share are resampled.
+    """
+    prompts, own = np.repeat(np.arange(40), 5), np.arange(200)
+    width = lambda *labels: np.ptp(np.quantile(metrics.clustered(values, labels, rng), [0.025, 0.975]))
+    hits = 0
+    for _ in range(200):
+        values = simulated(40, 5, 0.2, rng).ravel()
+        low, high = np.quantile(metrics.clustered(values, [prompts, own], rng, 500), [0.025, 0.975])
+        hits += low <= 0.3 <= high
+    assert 0.89 < hits / 200 < 0.98
+    assert width(prompts, own) == pytest.approx(width(prompts), rel=0.1) == width(own, prompts)
+    assert width(own, own + 7) == pytest.approx(width(own), rel=0.1)
+    nine, shared = own % 9, own % 5
+    assert width(nine, own) > 1.2 * max(width(nine), width(own))
+    assert width(prompts, shared) > 1.05 * width(prompts)
+
+
 def test_mcnemar_is_exact(rng):
     assert metrics.mcnemar([1, 0, 1], [1, 0, 1]) == {"lost": 0, "gained": 0, "p": 1.0}
     assert metrics.mcnemar([1] * 5 + [0], [0] * 6)["p"] == pytest.approx(2 * 0.5**5)
@@ -199,6 +219,25 @@ def test_equal_pairs_are_not_certain(rng):
     assert metrics.paired_difference([1.0] * 10, [0.0] * 10, rng)["separates"] is True
     with pytest.raises(ValueError, match="pairs are needed"):
         metrics.paired_difference([1.0], [1.0, 0.0], rng)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "clusters"),
+    [
+        ([0.30], [0.31], (["p"], [0])),  # one picture
+        ([3.0], [5.0], ()),
+        ([0, 0, 0, 0], [0, 1, 1, 0], (["p"] * 4,)),  # one prompt, and nothing else to draw
+        ([0.1] * 5, [0.2] * 5, ()),  # five, all one way: p 0.06 at least
+    ],
+)
+def test_too_few_to_tell_are_not_told_apart(a, b, clusters, rng):
+    """The control: six that all go one way, the fewest with which a sign test can tell."""
+    found = metrics.paired_difference(a, b, rng, clusters)
+    assert (
+        found["p"] > 0.05 and not found["separates"] and found["low"] <= found["difference"] <= found["high"]
+    )
+    six = metrics.paired_difference([0.1] * 6, [0.2] * 6, rng)
+    assert six["p"] == pytest.approx(2 * 0.5**6, abs=1e-5) and six["separates"]
 
 
 def test_means_need_finite_numbers(rng):
@@ -405,13 +444,23 @@ def test_ready_made_protocols():
         c.name for c in data.concepts() if c.character
     }
     assert not any("dog" in (p.concept, p.style) for p in protocols.utility("dog").prompts)
+    for other_word in ("car", ["dog", "car"]):
+        with pytest.raises(ValueError, match="'car' is no object or style"):
+            protocols.utility(other_word)
+    everything, less = protocols.utility(), protocols.utility(["automobile", "ink"])
+    assert everything.erased == () and len(everything.prompts) == 104 * 5 and len(less.prompts) == 103 * 4
     for build in (
-        protocols.objects, protocols.context, protocols.styles_and_objects, protocols.characters,
+        protocols.objects, protocols.context, protocols.styles_and_objects, protocols.characters, protocols.utility,
     ):  # fmt: skip
         with pytest.raises(ValueError, match="unicorn"):
             build("unicorn")
-    with pytest.raises(ValueError, match="at least one picture"):
-        protocols.context("dog", 0)
+    for none in (
+        lambda: protocols.context("dog", 0), lambda: protocols.objects("dog", 0), lambda: protocols.quick("dog", 0),
+        lambda: protocols.weapons((), 0), lambda: protocols.characters("ghost", -1), lambda: protocols.deployment("dog", 0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="at least one picture"):
+            none()
+    assert len(protocols.characters("ghost", 1).prompts) < len(protocols.characters("ghost").prompts)
     for about in ("dog", "weapon"):
         context = protocols.context(about)
         for role in ("target", "sentence", "other"):
@@ -592,6 +641,27 @@ def test_any_clip_zero_shot_and_score(tiny_clip):
         logits = torch.tensor([cosines[j][i]["similarity"] for j in (0, 1)]) * scale
         assert list(probabilities[i].values()) == pytest.approx(logits.softmax(0).tolist(), abs=1e-3)
     assert zero_shot.version != score.version != judges.Clip(str(folder), ("dog",)).version
+
+
+def test_no_two_judges_by_clip_have_one_name(tmp_path, monkeypatch):
+    """Nothing is loaded for it. The controls: the same judge again, on another device, or of another name."""
+    monkeypatch.setattr(judges, "JUDGES", dict(judges.JUDGES))
+    first = judges.Clip("x/y", ("dog", "cat"))
+    same = (first, judges.Clip("x/y", ("dog", "cat"), device="cuda"), judges.Clip("x/y"), judges.Clip("x/z"))
+    assert len({judges.register(one) for one in same}) == 3
+    others = (replace(first, labels=("dog", "cow")), replace(first, template="a painting by {}"))
+    assert len({judges.register(one) for one in (first, *others)}) == 3
+    probe = judges.ClipProbe("x/y", tmp_path / "q16.safetensors")
+    judges.register(probe)
+    for other in (
+        replace(probe, source="x/z"),
+        replace(probe, probe=tmp_path / "another" / "q16.safetensors"),
+    ):
+        with pytest.raises(ValueError, match="give this probe's file another name"):
+            judges.register(other)
+    assert judges.JUDGES[probe.name]() == probe
+    for _ in range(2):  # a judge of one's own may be written anew
+        judges.register(SimpleNamespace(name="own", version="1"))
 
 
 def test_a_caption_that_clip_would_cut_is_an_error(tiny_clip):
@@ -914,6 +984,28 @@ def test_no_attack_stands_without_its_control(tmp_path):
         records.beside_control({})
 
 
+def test_a_damaged_neighbour_is_named_and_passed_over(tmp_path, capsys):
+    """One that may be a control: the text stands in it. Reading the file itself stays an error."""
+    from erasekit import cli_methods
+
+    attacked, control = (records.read(f"unlearndiff_{m}_weapon") for m in ("trce", "control"))
+    records.save(control, tmp_path / "whole.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tmp_path / "0.json").write_text('["no text"]')
+        (tmp_path / "1.json").write_text("{")
+        assert records.control_of(attacked, tmp_path) == control
+    half = (tmp_path / "whole.json").read_text()[:-20]
+    (tmp_path / "half.json").write_text(half)
+    with pytest.warns(UserWarning, match="passed over as a control: .*half.json is no whole JSON"):
+        assert records.control_of(attacked, tmp_path) == control
+    assert "control 171 of 200" in cli_methods._beside_control(attacked, tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: passed over") and "half.json" in line
+    with pytest.raises(ValueError, match="half.json is no whole JSON"):
+        records.read(tmp_path / "half.json")
+
+
 def test_the_command_line_tells_of_the_control_or_how_to_make_it(tmp_path, monkeypatch, capsys):
     """What the search finds is a committed attack; the control is beside the result, or among the committed ones."""
     from erasekit import cli_methods
@@ -974,6 +1066,32 @@ def test_room_is_made_for_what_is_named_and_nothing_else(emoji, tmp_path, capsys
             main(["runs", "--folder", str(place), *line])
         assert said in capsys.readouterr().err
     assert kept.table(tmp_path / "none").empty
+
+
+def test_no_folder_but_a_run_is_listed_or_deleted(tmp_path, capsys):
+    """A run has the name of a key, and pictures or scores. 0 days are everything, and days are not rounded before."""
+    from erasekit.cli import main
+
+    keys = [f"{number:024x}" for number in range(3)]
+    for key, part, days in zip(keys, ("pictures", "scores", "pictures"), (0, 7.04, 6.96), strict=True):
+        (tmp_path / key / part).mkdir(parents=True)
+        (tmp_path / key / part / "a.webp").write_text("x")
+        os.utime(tmp_path / key / part / "a.webp", (time.time() - days * kept.DAY,) * 2)
+    others = (
+        "thesis/a.tex", "holiday/pictures/a.webp", f"{7:024x}/a.txt", f".{8:024x}.deleted/pictures/a.webp",
+        ".mine.deleted/a.txt", "model/a.json",
+    )  # fmt: skip
+    for other in others:
+        (tmp_path / other).parent.mkdir(parents=True)
+        (tmp_path / other).write_text("{}")
+    assert sorted(kept.table(tmp_path)["run"]) == keys and set(kept.table(tmp_path)["days"]) == {0, 7}
+    assert list(kept.free(7, tmp_path)["run"]) == [keys[1]]
+    assert all((tmp_path / other).exists() for other in others)
+    with pytest.raises(SystemExit) as stopped:
+        main(["runs", "--older", "0", "--delete", "--folder", str(tmp_path)])
+    assert stopped.value.code is None and "3 runs, 3 pictures" in capsys.readouterr().out
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"thesis", "holiday", f"{7:024x}", ".mine.deleted", "model"}
 
 
 @pytest.mark.parametrize("damage", ["picture", "index", "score"])
@@ -1158,19 +1276,71 @@ def test_erase_with_options_of_the_method(tmp_path, capsys):
         ("evaluate utility --pictures 200", "leave --pictures out"),
         ("evaluate objects --erased dog --adversarial x.json", "belong to the protocol weapons"),
         ("evaluate weapons --adversarial no_such.json", "no_such.json"),
+        ("evaluate weapons --adversarial null.json", "null.json is no result file"),
+        ("evaluate weapons --adversarial half.json", "half.json is no whole JSON"),
+        ("evaluate weapons --adversarial search.json", "search.json is no result of `attack`"),
+        ("evaluate weapons --erased dog", "leave --erased out"),
+        ("evaluate utility --erased dgo", "'dgo' is no object or style"),
+        ("evaluate objects --erased dog --pictures 0", "at least one picture"),
+        ("evaluate weapons --pictures 0", "at least one picture"),
+        ("evaluate weapons --edit both.safetensors --out x.json", "no method here is called 'uce + uce'"),
+        ("attack p4d weapon --edit both.safetensors --out x.json", "no method here is called 'uce + uce'"),
+        ("compare weapons a/uce.safetensors b/uce.safetensors", "two columns would be called uce"),
+        ("compare weapons before.safetensors", "two columns would be called before"),
+        ("compare weapons a/uce.safetensors", "there is no edit at a/uce.safetensors"),  # the control
         ("erase uce church --out x --lam much", "much"),
         ("erase uce church --out x --preset no_such", "no_such"),
     ],
 )
-def test_bad_input_is_one_line(line, said, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line(line, said, capsys, tmp_path, monkeypatch, shared_model):
+    """Nothing is drawn before it is said."""
+    from erasekit import cli_methods
     from erasekit.cli import main
 
     monkeypatch.chdir(tmp_path)
+    Path("null.json").write_text("null")
+    Path("half.json").write_text("{")
+    records.save(records.Result("", "search"), Path("search.json"))
+    if "both" in line:
+        one, two = (ek.uce.fit(shared_model, name) for name in ("dog", "cat"))
+        one.compose(two).save("both.safetensors")
+    if "compare" in line:
+        monkeypatch.setattr(ek.evaluate, "run", lambda model, edit, protocol: None)
+    else:
+        monkeypatch.setattr(ek.evaluate, "run", None)
+        monkeypatch.setattr(cli_methods.stages, "attack", None)
     with pytest.raises(SystemExit) as stopped:
         main(line.split())
     err = capsys.readouterr().err
     errors = [one for one in err.splitlines() if one.startswith("error: ")]
     assert stopped.value.code == 2 and len(errors) == 1 and said in errors[0]
+
+
+def test_what_a_command_tells_of_its_options_is_read_back_as_it_was():
+    """Every flag on and off, and words that a shell would change in double quotes. Plain words look as they did."""
+    from erasekit import cli_methods
+    from erasekit.methods import METHODS
+
+    for name, module in METHODS.items():
+        flags = [one.name for one in fields(module.Config) if one.type is bool]
+        assert flags or name != "dp"
+        for value in (True, False):
+            given = dict.fromkeys(flags, value)
+            words = [name, "dog", *shlex.split(" ".join(cli_methods._given(given))), "--out", "a.json"]
+            _, bound, _ = cli_methods.run.parse_args(words)
+            assert bound.arguments["concepts"] == ["dog"]
+            assert {flag: bound.arguments[flag] for flag in flags} == given
+    for text in ("café", 'a "b" \\ c', "$HOME `date` a!b", "two\nlines", "it's"):
+        line = " ".join(["printf %s", cli_methods.quoted(text)])
+        said = subprocess.run(["bash", "-c", line], capture_output=True, check=True, text=True)
+        assert said.stdout == text
+    plain = {"lam": 0.3, "templates": ("a {}, drawn", "{}"), "anchor": None, "joint": False}
+    assert cli_methods._given(plain) == [
+        "--lam 0.3",
+        '--templates "a {}, drawn"',
+        '--templates "{}"',
+        "--no-joint",
+    ]
 
 
 def test_texts_of_an_attack_join_the_weapon_prompts(tmp_path):

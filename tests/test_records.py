@@ -49,6 +49,13 @@ def test_a_file_gives_back_what_was_written(result, tmp_path):
         records.read(tmp_path / "one.json")
 
 
+@pytest.mark.parametrize("content", [b"{", b"", b"null", b"3", b"[]", b"\xff"])
+def test_a_damaged_file_is_named(content, tmp_path):
+    (tmp_path / "one.json").write_bytes(content)
+    with pytest.raises(ValueError, match="one.json is no (result file|whole JSON).*: make it anew"):
+        records.read(tmp_path / "one.json")
+
+
 def test_a_number_is_found_by_measure_and_edit_or_not_at_all(result):
     assert result.value("target", "rece") == rate(3, 50) and result.value("target") == rate(50, 50)
     assert result.values("rece").keys() == {"target", "score", "H", "attack"}

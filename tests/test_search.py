@@ -241,6 +241,34 @@ def test_a_search_goes_on(tmp_path, monkeypatch, capsys):
     assert list(records.read(tmp_path / "b.json").edits) == ten == done[len(labels) + 3 :]
 
 
+def test_no_row_of_another_question_is_dropped(tmp_path, monkeypatch, capsys):
+    """Labels are shared: "before, dog" by settings, "seed 0, dog" by methods. A further setting adds its rows."""
+
+    def measured(model, method, trial, training):
+        values = {name: rate(1, 2) for name in search.RATES} | {"H_o": {"harmonic_mean": 0.5}}
+        made = records.EditMade(method, "", records.plain(asdict(trial.config)), trial.erased, trial.kept)
+        return made, records.measurements(values, trial.protocol, trial.label), {}
+
+    model = load("emoji")
+    monkeypatch.setattr(search, "load", lambda name: model)
+    monkeypatch.setattr(search, "measure", measured)
+    ten, seeds = str(tmp_path / "ten.json"), str(tmp_path / "seeds.json")
+    search.main(["uce", "--setting", "lam 0.01", "--out", ten])
+    search.main(["esd", "--seeds", "dog", "--out", seeds])
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    for line in (
+        ["uce", "--setting", "lam 1", "--out", ten],
+        ["rece", "--setting", "lam 0.01", "--out", ten],
+        ["mace", "--seeds", "dog", "--out", seeds],
+    ):
+        with pytest.raises(SystemExit):
+            search.main(line)
+        assert "answers another question" in capsys.readouterr().err
+        assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+    search.main(["uce", "--setting", "lam 0.01", "--setting", "lam 1", "--out", ten])
+    assert len(records.read(tmp_path / "ten.json").edits) == 3 * len(CIFAR)
+
+
 def test_what_is_the_same_everywhere_has_no_width():
     """Nothing but the pictures by name differs, and all of these do: no resample has another mixture of kinds."""
     seen = lambda setting, one, role, i: role == "other" or role == "target" and setting == "before"

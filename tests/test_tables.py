@@ -145,6 +145,46 @@ def test_an_interrupted_table_goes_on_and_another_one_is_refused(folder, files, 
         list(made(folder, files, "rece-object", out, concept="dog"))
 
 
+def test_an_edit_is_taken_up_for_the_same_concept_and_settings_alone(folder, files, tmp_path, monkeypatch):
+    """The result file is deleted each time, and the folder with the edits stays."""
+    own = {"UCE": ("uce", "sd14-object", {})}
+    monkeypatch.setitem(TABLES, "one", dataclasses.replace(TABLES["rece-object"], rows=own))
+    fits, fit = [], METHODS["uce"].fit
+    monkeypatch.setattr(METHODS["uce"], "fit", lambda *a, **k: fits.append(1) or fit(*a, **k))
+    out, chapel = tmp_path / "one.json", ek.Concept("church", synonyms=("chapel",))
+    changes = {"lam": 0.3, "synonyms": True}
+    asked = [{}, {"concept": "dog"}, {"changes": changes}, {"changes": changes, "concept": chapel}]
+    digests = []
+    for number, given in enumerate(asked, 1):
+        for _ in range(2):  # the second time from its file
+            list(made(folder, files, "one", out, **({"changes": {}} | given)))
+            (edit,) = json.loads(out.read_text())["rows"]["UCE"]["results"][0]["edits"].values()
+            assert edit["erased"] == [getattr(given.get("concept"), "name", given.get("concept", "church"))]
+            assert edit["config"].items() >= given.get("changes", {}).items() and len(fits) == number
+            out.unlink()
+        digests.append(edit["digest"])
+    assert len(set(digests)) == len(asked)
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == len(asked)
+    assert (tmp_path / "one" / "UCE.safetensors").exists()  # the table's own, as it was called before
+
+
+def test_rows_of_other_synonyms_or_another_attack_are_refused(folder, files, tmp_path, monkeypatch):
+    table = dataclasses.replace(TABLES["rece-object"], rows={"no edit": None})
+    monkeypatch.setitem(TABLES, "one", table)
+    out = tmp_path / "one.json"
+    go_on = lambda **given: list(made(folder, files, "one", out, **given))
+    assert go_on() and not go_on(concept=ek.Concept("church"))
+    with pytest.raises(ValueError, match="other protocols or settings"):
+        go_on(concept=ek.Concept("church", synonyms=("chapel",)))
+    record = json.loads(out.read_text())
+    out.write_text(json.dumps({key: value for key, value in record.items() if key != "attack"}))
+    assert not go_on()  # a file from before the attack was told
+    out.write_text(json.dumps(record))
+    monkeypatch.setitem(TABLES, "one", dataclasses.replace(table, attack="sd14"))
+    with pytest.raises(ValueError, match="other protocols or settings"):
+        go_on()
+
+
 def test_shortened_keeps_every_role(folder):
     whole = protocols.cifar("cat", 200, "some/clip")
     short = tables.shortened(whole, 2)

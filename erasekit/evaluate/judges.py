@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -223,7 +223,8 @@ class Classifier:
 @dataclass(frozen=True)
 class Clip:
     """Any CLIP of transformers. With labels: zero-shot probabilities of `template` filled with each;
-    without: {similarity: cosine of picture and prompt}. Backbones differ in scale: `name` says which one it was.
+    without: {similarity: cosine of picture and prompt}. Backbones differ in scale: `name` says which one it was, and by
+    six digits of a digest which labels in which template.
     """
 
     source: str
@@ -233,7 +234,10 @@ class Clip:
 
     @property
     def name(self) -> str:
-        return f"clip {self.source} {'zero-shot' if self.labels else 'score'}"
+        if not self.labels:
+            return f"clip {self.source} score"
+        asked = hashlib.sha256("\n".join([self.template, *self.labels]).encode()).hexdigest()
+        return f"clip {self.source} zero-shot {asked[:6]}"
 
     @cached_property
     def _parts(self):
@@ -460,6 +464,11 @@ FEATURES: dict[str, Callable[[Sequence[Image]], np.ndarray]] = {
 
 
 def register(judge: Judge) -> str:
-    """Make a judge known under its name, for the `judge` of a Measure; returns the name."""
+    """Make a judge known under its name, for the `judge` of a Measure; returns the name. ValueError where that is the
+    name of another `ClipProbe`: protocols with that one would be judged by this one.
+    """
+    known = JUDGES.get(judge.name, lambda: judge)()
+    if isinstance(known, ClipProbe) and replace(known, device=getattr(judge, "device", "")) != judge:
+        raise ValueError(f"{known} has the name {judge.name!r} already: give this probe's file another name")
     JUDGES[judge.name] = lambda: judge
     return judge.name

@@ -14,6 +14,7 @@ from scipy.stats import binomtest, bootstrap, fisher_exact, hmean
 
 RESAMPLES = 2000
 MANY = 100_000  # where p is adjusted for many comparisons: with 2,000 the smallest p of 16 would be 0.016
+CLUSTERS = 10  # labels, below which resampling them alone gives intervals that are too narrow
 FEW = 1000  # pictures, below which a biased distance is little more than its bias
 
 
@@ -98,29 +99,35 @@ def paired_difference(
     pictures of one seed share cancels: narrower than two intervals side by side. clusters: labels (n,) of each pair,
     its prompt and its seed, say; then these are resampled, see `clustered`. Where all differences of verdicts
     are one value, there is nothing to resample: as many of them may be another as Wilson's bound of 0/n allows.
-    p: twice the smaller share of resamples on one side of 0, so at least 2 / (resamples + 1); for verdicts no smaller
-    than exact McNemar's. resamples: more (`MANY`) where p is adjusted for many comparisons.
-    separates: the 95 % interval leaves out 0.
+    Differences of scores that are one value give an interval without width.
+    p: twice the smaller share of resamples on one side of 0, so at least 2 / (resamples + 1); no smaller than the sign
+    test's 2 / 2^m of m labels (one label: 1), for verdicts no smaller than exact McNemar's. resamples: more (`MANY`)
+    where p is adjusted for many comparisons.
+    separates: the 95 % interval leaves out 0, and there are labels enough (six) for any p below 5 %.
     """
     a, b = _finite(a), _finite(b)
     if a.shape != b.shape:
         raise ValueError(f"pairs are needed: {len(a)} values on one side, {len(b)} on the other")
-    resampled = clustered(b - a, clusters or [range(len(a))], generator, resamples)
+    clusters = clusters or [range(len(a))]
+    resampled = clustered(b - a, clusters, generator, resamples)
     low, high = (round(float(end), 5) for end in np.quantile(resampled, [0.025, 0.975]))
-    p = two_sided(resampled)
-    value = float((b - a)[0])
-    if low == high and value in (-1, 0, 1):
-        unseen = rate(0, len(a))["high"]
-        low, high = max(-1.0, value - unseen * (1 + abs(value))), min(1.0, value + unseen * (1 + abs(value)))
+    fewest = min(
+        1.0, 2 * 0.5 ** max(len({*labels}) for labels in clusters)
+    )  # p of the sign test, all one way
+    p = max(two_sided(resampled), fewest)
     if {*a, *b} <= {0.0, 1.0}:
         p = max(p, mcnemar(a, b)["p"])
+        if np.ptp(b - a) == 0:
+            value, unseen = float((b - a)[0]), rate(0, len(a))["high"]
+            low = max(-1.0, value - unseen * (1 + abs(value)))
+            high = min(1.0, value + unseen * (1 + abs(value)))
     return {
         "n": len(a),
         "difference": round(float((b - a).mean()), 5),
         "low": round(low, 5),
         "high": round(high, 5),
         "p": round(float(p), 5),
-        "separates": low > 0 or high < 0,
+        "separates": (low > 0 or high < 0) and fewest <= 0.05,
     }
 
 
@@ -141,12 +148,17 @@ def clustered(
     Statistics 2007).
 
     Pictures of one prompt, and of one seed, have something in common: taken as independent they give intervals that are
-    too narrow. With fewer than about ten labels these are too narrow as well, though less so.
+    too narrow. With fewer than about ten labels these are too narrow as well, though less so. A labelling that gives
+    each value a label of its own (a seed for every picture) says no more than another with ten or more: it is left out,
+    since drawn beside that one it would count the spread of single pictures twice.
     """
     values = _finite(values)
     if not clusters or any(len(labels) != len(values) for labels in clusters):
         raise ValueError(f"one label for each of the {len(values)} values is needed in each labelling")
     coded = [np.unique(np.asarray(labels), return_inverse=True) for labels in clusters]
+    coded = [one for i, one in enumerate(coded) if not _told_by(one, [*coded[:i], *coded[i + 1 :]])] or coded[
+        :1
+    ]
     found = np.empty(resamples)
     for start in range(0, resamples, 200):
         weights = np.ones((min(200, resamples - start), len(values)))
@@ -158,6 +170,12 @@ def clustered(
         means = (weights @ values) / np.where(total > 0, total, 1)
         found[start : start + 200] = np.where(total > 0, means, values.mean())
     return found
+
+
+def _told_by(labelling: tuple, others: Sequence[tuple]) -> bool:
+    """Whether each value has its own label, and another labelling has ten labels or more."""
+    labels, code = labelling
+    return len(labels) == len(code) and any(len(other) >= CLUSTERS for other, _ in others)
 
 
 def posterior(k, n, generator: np.random.Generator, size) -> np.ndarray:

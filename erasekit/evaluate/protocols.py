@@ -21,6 +21,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -194,7 +195,9 @@ def _in_styles(phrase: str, concept: str, role: str, template: str = OBJECT) -> 
 
 
 def _times(prompts: Sequence[Prompt], seeds: int) -> list[Prompt]:
-    """Every prompt with seeds 0, 1, ... of its own: where few prompts must give many pictures."""
+    """Every prompt with seeds 0, 1, ... of its own: where few prompts must give many pictures. ValueError for none."""
+    if seeds < 1:
+        raise ValueError("at least one picture of each kind is needed")
     return [replace(prompt, seed=seed) for seed in range(seeds) for prompt in prompts]
 
 
@@ -412,13 +415,18 @@ def deployment(erased: str, pictures: int = 100, others: bool = False) -> Protoc
     """For the steps of `deployment`: `pictures` by the name of an object, by a style, or by the weapons' names
     (erased="weapon"), or of what was not erased (others), spread evenly; ten steps of DPM-Solver++.
     """
+    if pictures < 1:
+        raise ValueError(f"at least one picture of each kind is needed, got {pictures}")
     armed = tuple(c.name for c in data.concepts() if c.weapon)
     names = [c.name for c in data.concepts()]
     (erased,) = _known(erased, [*names, *data.STYLES, "weapon"], "object or style")
     named = armed if erased == "weapon" else (erased,)
     whole = [p for name in names for p in _in_styles(name, name, "others" if others else "target")]
     part = [p for p in whole if ({p.concept, p.style} & {*named} == set()) == others]
-    part = part[:: max(1, len(part) // pictures)][:pictures]
+    every, styles = max(1, len(part) // pictures), len({p.style for p in part})
+    while math.gcd(every, styles) > 1:  # prompts lie style by style of each object
+        every -= 1
+    part = part[::every][:pictures]
     how = {"judge": "emoji-style", "asked": "style"} if erased in data.STYLES else {"judge": "emoji-object"}
     labels = named if erased == "weapon" and not others else None
     measure = Measure(part[0].role, (part[0].role,), labels=labels, goal="high" if others else "low", **how)
@@ -433,7 +441,8 @@ def utility(erased: Sequence[str] | str = (), seeds: Sequence[int] = (0,)) -> Pr
     Object and style accuracy, the in-world CLIP score (mean cosine of picture and prompt; not on the scale of other
     CLIPs), and for two runs the Frechet distance, KID and CMMD of the in-world CLIP's picture features.
     """
-    erased = (erased,) if isinstance(erased, str) else tuple(erased)
+    names = [c.name for c in data.concepts()]
+    erased = _known(erased, [*names, *data.STYLES], "object or style") if erased else ()
     prompts = [
         p
         for c in data.concepts()

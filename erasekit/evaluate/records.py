@@ -10,6 +10,7 @@ alone; `details` has what else an experiment tells: the course of a training, th
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -203,17 +204,25 @@ class NoControl(ValueError):
 def control_of(attacked: Result, folder: Path = RESULTS) -> Result:
     """The control of an attack on an edit: the same search from the same prompts on the same UNet behind text encoders
     that know no concept. `NoControl` where the folder has none of this model and protocol, ValueError for a result of
-    another kind.
+    another kind. A damaged file of the folder is passed over with a warning.
     """
     return _control_among(_controls(folder), attacked, folder)
 
 
 def _controls(folder: Path) -> list[Result]:
     """The controls of a folder, by name; files of another layout are passed over."""
-    texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json"))}
-    told = {path: json.loads(text) for path, text in texts.items() if f'"{NO_TEXT}"' in text}
-    layout = {one.name for one in fields(Result)}
-    return [parsed(one, path) for path, one in told.items() if set(one) == layout]
+    found, layout = [], {one.name for one in fields(Result)}
+    for path in sorted(folder.glob("*.json")):
+        if f'"{NO_TEXT}"'.encode() not in path.read_bytes():
+            continue
+        try:
+            told = _told(path)
+        except ValueError as error:
+            warnings.warn(f"passed over as a control: {error}", stacklevel=3)
+            continue
+        if isinstance(told, dict) and set(told) == layout:
+            found.append(parsed(told, path))
+    return found
 
 
 def _control_among(controls: Sequence[Result], attacked: Result, folder: Path) -> Result:
@@ -326,14 +335,22 @@ def save(result: Result, path: Path) -> None:
 
 
 def read(name: str | Path, folder: Path = RESULTS) -> Result:
-    """A result file by its path, or by its name in a folder. ValueError for a file of another layout."""
+    """A result file by its path, or by its name in a folder. ValueError for a damaged one or another layout."""
     path = name if isinstance(name, Path) else folder / f"{name}.json"
-    return parsed(json.loads(path.read_text(encoding="utf-8")), path)
+    return parsed(_told(path), path)
+
+
+def _told(path: Path):
+    """What a JSON file has; ValueError, naming it, for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no whole JSON ({error}): make it anew") from error
 
 
 def parsed(found: dict, path: Path) -> Result:
     """A `Result` of what its file has. path: for the message."""
-    if set(found) != {one.name for one in fields(Result)}:
+    if not isinstance(found, dict) or set(found) != {one.name for one in fields(Result)}:
         raise ValueError(f"{path} is no result file: make it anew with the command that it names")
     edits = {
         label: EditMade(**one | {key: one[key] and tuple(one[key]) for key in ("erased", "preserved")})

@@ -390,7 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         details=plain(told | {"verdicts": {}}),
     )
     old = read(given.out) if given.out.exists() else whole
-    if not {trial.label for trial in wanted} & old.edits.keys() and old.edits:
+    asked = lambda one: one.command.partition(" --")[0]
+    if asked(old) != asked(whole) or old.edits.keys() - {trial.label for trial in wanted}:
         parser.error(f"{given.out} answers another question ({old.command}): choose another name")
     done = {
         one.label: (

@@ -9,9 +9,10 @@ Every row is one edit by a method's preset for SD 1.4. Where a paper samples oth
 table does as the paper. What its prompts or judges are that this package cannot name, the table leaves out: `lacks`.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
 
@@ -190,31 +191,37 @@ def fill(
     """Make the rows that the result file `out` (JSON) does not have yet: fit, draw, judge, attack, write. Yields each
     row's label and its runs, one a protocol, before it goes on.
 
-    Edits and runs lie in a folder beside `out`, of its name. Of a harmful table the row's pictures are deleted when the
-    caller asks for the next one; their scores stay. concept: what is erased (a Concept's synonyms are mapped by TRCE as
-    well), else the table's. changes: settings for every row that has them, for trials. Kill it anywhere and call it
-    again. ValueError where `out` belongs to other protocols or another concept.
+    Edits and runs lie in a folder beside `out`, of its name; an edit of another concept or of changed settings has a
+    file of its own there. Of a harmful table the row's pictures are deleted when the caller asks for the next one;
+    their scores stay. concept: what is erased (a Concept's synonyms are mapped by TRCE as well), else the table's.
+    changes: settings for every row that has them, for trials. Kill it anywhere and call it again.
+    ValueError where `out` belongs to other protocols, another concept or another attack.
     """
-    erase = concept or table.erase
+    erase, changes = concept or table.erase, changes or {}
     name = erase.name if isinstance(erase, Concept) else erase
     asked = [fitted(one, model.tokenizer) for one in asked]
-    head = {"about": table.about, "erased": name, "changes": changes or {}, "lacks": table.lacks}
-    head |= {"model": model.fingerprint(), "protocols": [one.hash for one in asked]}
+    more = {} if erase in (name, Concept(name)) else {"concept": asdict(erase)}  # synonyms, templates, anchor
+    head = {"about": table.about, "erased": name, "changes": changes, "lacks": table.lacks, **more}
+    head |= {"model": model.fingerprint(), "protocols": [one.hash for one in asked], "attack": table.attack}
     head = json.loads(json.dumps(head))
     record = json.loads(out.read_text()) if out.exists() else {**head, "rows": {}}
-    if {key: record.get(key) for key in head} != head:
+    told = {key: value for key, value in record.items() if key != "rows"}
+    if {"attack": table.attack, **told} != head:  # older files do not tell the attack
         raise ValueError(f"{out} holds rows of other protocols or settings: name another file, or delete it")
     place, targets = out.parent / out.stem, []
+    own = hashlib.sha256(json.dumps([name, more, changes], sort_keys=True).encode()).hexdigest()[:8]
+    own = "" if (name, more, changes) == (table.erase, {}, {}) else f"-{own}"
     for label, row in table.rows.items():
         if label in record["rows"]:
             continue
-        edit = _edited(model, row, erase, changes or {}, place, label, progress)
+        file = place / f"{label.replace(', ', '-').replace(' ', '-')}{own}.safetensors"
+        edit = _edited(model, row, erase, changes, file, progress)
         done = [runs.run(model, edit, one, folder=place / "runs", progress=progress) for one in asked]
         made = records.EditMade.of(edit, METHODS[row[0]].PRESETS[row[1]]) if edit else None
         found = {"results": [records.plain(run.result(made=made)) for run in done]}
         if table.attack:
             found["attack"] = _attacked(
-                model, edit, made, table.attack, done[0], changes or {}, place, targets, progress
+                model, edit, made, table.attack, done[0], changes, place, targets, progress
             )
         record["rows"][label] = found
         write_atomically(out, json.dumps(record, indent=1) + "\n")
@@ -224,12 +231,11 @@ def fill(
                 file.unlink()
 
 
-def _edited(model, row: Row, erase, changes: dict, place: Path, label: str, progress: bool) -> Edit | None:
+def _edited(model, row: Row, erase, changes: dict, file: Path, progress: bool) -> Edit | None:
     """The row's edit, from its file where there is one."""
     if row is None:
         return None
     name, preset, own = row
-    file = place / f"{label.replace(', ', '-').replace(' ', '-')}.safetensors"
     if file.exists():
         return Edit.load(file)
     module = METHODS[name]
