@@ -282,7 +282,7 @@ def make(
     edit: Edit,
     model: DiffusionModel,
     *,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
     seed: int = 0,
     results: Path = RESULTS,
     show: bool | None = None,
@@ -291,9 +291,13 @@ def make(
 
     prompts: what is drawn; when empty the erased concepts by name and by their synonyms, then what was preserved, or
     others of a closed world. results: a folder of result files. show: pictures as they are, or blurred; None: as they
-    are in a world of our own, else blurred. ValueError where the edit does not belong to the model.
+    are in a world of our own, else blurred. ValueError where the edit does not belong to the model, while an edit is in
+    force, and where the edit names no concepts and no prompts are given.
     """
-    asked = list(prompts) or _prompts(edit, model)
+    model.check_unedited()
+    asked = ([prompts] if isinstance(prompts, str) else list(prompts)) or _prompts(edit, model)
+    if not asked:
+        raise ValueError("this edit names no concepts to draw: give prompts=")
     seeds = [seed] * len(asked)
     before = model.generate(asked, seeds=seeds)
     with edit.applied(model):
@@ -406,6 +410,7 @@ def _loading(edit: Edit, model: DiffusionModel) -> list[tuple[str, str]]:
         return found
     if edit.kind == "text_encoder":
         code = 'edit.to_text_encoder("encoder", model=model)\n\n# in any pipeline with this text encoder\n'
+        code += "from transformers import CLIPTextModel\n\n"
         code += 'pipeline.text_encoder = CLIPTextModel.from_pretrained("encoder").to(pipeline.device)'
         return [*found, ("In a stock diffusers pipeline, as a text encoder", code)]
     changed = (name.split(".")[:-1] for name in edit.tensors if "." in name and edit.kind == "weight_delta")
@@ -414,7 +419,7 @@ def _loading(edit: Edit, model: DiffusionModel) -> list[tuple[str, str]]:
         code = 'edit.to_lora("lora", model=model)\n\n# in a stock pipeline with the same weights\n'
         code += 'pipeline.load_lora_weights("lora", weight_name="pytorch_lora_weights.safetensors")'
         found.append(("In a stock diffusers pipeline, as a LoRA", code))
-    code = 'edit.merged(model).save_pretrained("folder")\n\n# anywhere\n'
+    code = 'edit.merged(model).save_pretrained("folder")\n\n# anywhere\nfrom diffusers import DiffusionPipeline\n\n'
     return [*found, ("As a whole model", f'{code}DiffusionPipeline.from_pretrained("folder")')]
 
 

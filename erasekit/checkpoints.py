@@ -87,7 +87,8 @@ def kohya_name(unet: nn.Module, layer: str) -> str:
 
 def kohya_version(unet: nn.Module) -> dict[str, str]:
     """The metadata by which web interfaces sort LoRA files; nothing where the width of the text is no one's."""
-    version = VERSIONS.get(unet.config.cross_attention_dim)
+    width = unet.config.cross_attention_dim  # or one for each block
+    version = VERSIONS.get(width) if isinstance(width, int) else None
     return {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
 
 

@@ -36,9 +36,9 @@ class ContextMap:
             raise ValueError(f"a ContextMap is float64, got {self.left.dtype} and {self.right.dtype}")
 
     @classmethod
-    def identity(cls, d: int) -> "ContextMap":
+    def identity(cls, d: int, device: torch.device | None = None) -> "ContextMap":
         """The map that changes nothing, with r = 0."""
-        return cls(torch.zeros(d, 0, dtype=torch.float64), torch.zeros(d, 0, dtype=torch.float64))
+        return cls(*(torch.zeros(d, 0, dtype=torch.float64, device=device) for _ in range(2)))
 
     @property
     def d(self) -> int:
@@ -154,7 +154,7 @@ def solve(
         if not (0 <= value < float("inf")):
             raise ValueError(f"{name} must be zero or positive, got {value}")
     if erase_scale == 0 or n == 0:
-        return ContextMap.identity(d)
+        return ContextMap.identity(d, c.device)
 
     left = erase_scale * (c_star - c).T
     weighted = torch.cat([erase_scale**0.5 * c, preserve_scale**0.5 * kept])  # S, with M = lam I + S^T S
@@ -172,12 +172,15 @@ def solve(
 
 
 def span(rows: Tensor, cut: float) -> Tensor:
-    """Orthonormal directions (r, d), float64, of rows (m, d) along which their singular values are above `cut`."""
+    """Orthonormal directions (r, d), float64, of rows (m, d) along which their singular values are above `cut`.
+
+    Those below 1e-12 of their norm are rounding and are never among them.
+    """
     rows = rows.double()
     if len(rows) > rows.shape[1]:
         rows = torch.linalg.qr(rows, mode="r").R  # the same directions and singular values, of fewer rows
     _, values, directions = torch.linalg.svd(rows, full_matrices=False)
-    return directions[values > cut]
+    return directions[values > (1e-12 * values.norm()).clamp_min(cut)]
 
 
 def complement(preserved: Tensor | None, d: int, cut: float) -> Tensor:

@@ -15,7 +15,7 @@ class Concept:
 
     name: the phrase that stands for it in a prompt; white space around and between its words does not count.
     templates: prompts with one `{}` for the phrase; empty means the method's own. synonyms: other phrases for it.
-    anchor: what to draw instead; None means the method's own.
+    anchor: what to draw instead; None means the method's own. ValueError for anything that is not text.
     """
 
     name: str
@@ -28,6 +28,14 @@ class Concept:
             raise ValueError(f"a concept needs a name, got {self.name!r}")
         object.__setattr__(self, "name", " ".join(self.name.split()))
         check_templates(self.templates)
+        if isinstance(self.synonyms, str) or not all(
+            isinstance(one, str) and one.strip() for one in self.synonyms
+        ):
+            raise ValueError(f"synonyms are a sequence of phrases, got {self.synonyms!r}")
+        if self.anchor is not None and not isinstance(self.anchor, str):
+            raise ValueError(f"a concept's anchor is text, got {self.anchor!r}: give its name")
+        for field in ("templates", "synonyms"):  # of a list as well: a Concept can be hashed
+            object.__setattr__(self, field, tuple(getattr(self, field)))
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -35,7 +43,7 @@ def check_templates(templates: Sequence[str]) -> None:
     if isinstance(templates, str):
         raise ValueError(f"templates are a sequence of prompts, got the text {templates!r}")
     for template in templates:
-        if template.count("{}") != 1:
+        if not isinstance(template, str) or template.count("{}") != 1:
             raise ValueError(f"a template needs exactly one {{}}, got {template!r}")
 
 
@@ -160,3 +168,9 @@ def slot_token(tokenizer, template: str, phrase: str) -> int:
             f"the tokens of {phrase!r} merge with their neighbors in {prompt!r}: put spaces around {{}}"
         )
     return end - 1
+
+
+def slot_span(tokenizer, template: str, phrase: str) -> range:
+    """Token positions of `phrase` in the filled template's slot; of a blank one, the token before the slot."""
+    last, count = slot_token(tokenizer, template, phrase), len(content_ids(tokenizer, phrase))
+    return range(last + 1 - max(count, 1), last + 1)

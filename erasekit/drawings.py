@@ -68,8 +68,7 @@ def watch(
     models than Stable Diffusion 1 and 2, while an edit is in force, and as in `Edit.applied` and `generate`.
     """
     check_watched(model)
-    if model._active:
-        raise ValueError("an edit is applied to this model: leave its `with` block first")
+    model.check_unedited()
     latents, maps = [], []
     with applied(edit, model, strength), first_attention(model.unet) as seen:
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from erasekit import __version__, checkpoints, filters, models
 from erasekit.closed_form import ContextMap
 from erasekit.filters import FilterKind
-from erasekit.layers import check_unfused, cross_attention_kv, uncompiled
+from erasekit.layers import check_unfused, cross_attention_kv, uncompiled, unmerge
 from erasekit.models import DiffusionModel
 from erasekit.paths import named_safetensors, replacing
 from erasekit.text_entries import TextEntry
@@ -44,7 +45,8 @@ class Edit:
     before and after saving.
 
     metadata: method, config, concepts, base (fingerprint of the model it was made for), text_base (the same of its
-    text encoder), source (where that model came from), versions, license.
+    text encoder), text_bases (of all its text encoders, where there is more than that one), source (where that model
+    came from), versions, license.
     """
 
     kind: Kind
@@ -111,7 +113,7 @@ class Edit:
         for name, tensor in delta.items():
             if (shape := _parameter(model, name).shape) != tensor.shape:
                 raise ValueError(f"{name} has shape {tuple(shape)}, its delta {tuple(tensor.shape)}")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.items()}
+        tensors = {name: _own(tensor.detach().cpu()) for name, tensor in delta.items()}
         if context_map is not None:
             tensors |= cls.from_context_map(context_map, model).tensors
         in_text = bool(tensors) and all(name.startswith("text_encoder.") for name in tensors)
@@ -122,7 +124,7 @@ class Edit:
         cls, tensors: Mapping[str, Tensor], settings: Mapping, model: DiffusionModel, **metadata
     ) -> "Edit":
         """settings: `formula`, one of `filters.FORMULAS`, which tells the kind, and the formula's own."""
-        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+        tensors = {name: _own(tensor.detach().float().cpu()) for name, tensor in tensors.items()}
         kind = filters.FORMULAS[settings["formula"]]
         return cls(kind, tensors, _metadata(model, {**metadata, "filter": dict(settings)}))
 
@@ -193,23 +195,35 @@ class Edit:
         scale: strength, 1 as fitted, 0 nothing. Blocks may be nested: the inner edit acts on the weights that
         the outer one left; a filter acts on what they give, whichever is outside. ValueError, with nothing changed,
         when the model is not the one the edit was made for, where its weights are not those it computes with
-        (`DiffusionModel.check_editable`), and for a filter of a compiled part; at the end of the block, with the
-        weights put back, when projections were fused or a filter's part was compiled inside it.
+        (`DiffusionModel.check_editable`), for a scale that is not finite, and for a filter of a compiled part; at the
+        end of the block, with the weights put back, when projections or a LoRA were fused or a filter's part was
+        compiled inside it, and when it is left before a block inside it, whose weights are then put back as well.
         """
         self._check_base(model)
         new = self._edited(model, scale)
-        old = [(parameter, parameter.data) for parameter, _ in new]
+        own = self, scale, [(parameter, parameter.data) for parameter, _ in new]
+        active, loras = model._active, getattr(model.pipeline, "num_fused_loras", 0)
         with self._filter(model, scale):
-            model._active.append((self, scale))
+            active.append(own)
             try:
                 _write_values(new)
                 yield model
             finally:
-                # .to() is the tensor itself unless the model was moved inside the block
-                for parameter, value in old:
-                    parameter.data = value.to(parameter.device, parameter.dtype)
-                model._active.pop()
+                # first, since it is subtracted from the edited weights to which it was added
+                parts = [getattr(model.pipeline, part, None) for part in models.PARTS]
+                fused = [unmerge(uncompiled(part)) for part in parts if part is not None]
+                in_turn = _undo(active, own)
         check_unfused(model.denoiser)  # what was fused inside the block keeps the edit
+        if any(fused) or getattr(model.pipeline, "num_fused_loras", 0) > loras:
+            raise ValueError(
+                "a LoRA was fused inside the block, and the weights that the edit changes are back without it: load "
+                "the pipeline again, and fuse before the block or into what `merged` returns"
+            )
+        if not in_turn:
+            raise ValueError(
+                "a block of an edit was left before a block inside it, so the edits of both are undone now: leave the "
+                "inner block first"
+            )
 
     def merged(self, model: DiffusionModel, scale: float = 1.0, *, shared: bool = False) -> DiffusionModel:
         """A new model with the edit folded into its weights; `model` is left alone. ValueError for a filter.
@@ -253,7 +267,7 @@ class Edit:
         return Edit(self.kind, tensors, self._composed_metadata(other))
 
     def rebased(self, model: DiffusionModel) -> "Edit":
-        """The same change for another model with the same text encoder: one that was fine-tuned or merged.
+        """The same change for another model with the same text encoders: one that was fine-tuned or merged.
 
         A map of text embeddings is what `fit` would give there where the method looks at text alone (UCE, MACE's
         refinement, TRCE's first stage); RECE's rounds have looked at the weights of the old base. A delta is added as
@@ -265,10 +279,13 @@ class Edit:
         model.check_fit()
         if self.kind == "text_maps":
             raise ValueError("a text_maps edit belongs to the model that it was fitted for: fit again")
-        if (found := model.text_fingerprint()) != self.metadata["text_base"]:
+        known, found = self.metadata["text_base"], model.text_fingerprint()
+        if known == found and self.kind != "text_encoder":  # of which the first alone is known to be the same
+            known, found = self.metadata.get("text_bases", known), model.texts_fingerprint()
+        if found != known:
             raise ValueError(
-                f"this edit was made with the text encoder {self.metadata['text_base']}, the model has {found}: what "
-                "it maps means something else there, so fit again"
+                f"this edit was made with the text encoder {known}, the model has {found} (of several, all count): "
+                "what it maps means something else there, so fit again"
             )
         for name, delta in self._deltas.items():
             if (shape := _parameter(model, name).shape) != delta.shape:
@@ -319,11 +336,17 @@ class Edit:
             raise ValueError(
                 f"{path} is truncated or not a safetensors file ({error}): save it again"
             ) from error
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
+        known = (
+            isinstance(header, dict)
+            and header.get("format") == FORMAT
+            and {"kind", "digest"} <= header.keys()
+        )
+        metadata = header.get("metadata") if known else None
+        if not isinstance(metadata, dict) or not {"base", "text_base"} <= metadata.keys():
             raise ValueError(
                 f"{path} is not an edit of this version of erasekit: expected a file that Edit.save wrote"
             )
-        edit = cls(header["kind"], tensors, header["metadata"])
+        edit = cls(header["kind"], tensors, metadata)
         if edit.digest != header["digest"]:
             raise ValueError(f"{path} is damaged: its tensors are not the ones that were saved")
         return edit
@@ -527,15 +550,17 @@ class Edit:
     def _base(self, model: DiffusionModel | None) -> DiffusionModel:
         if model is None:
             model = models.find(self.metadata["base"])
-        if model is None and self.metadata.get("source"):
-            model = models.load(self.metadata["source"])
+        source = self.metadata.get("source")
+        if model is None and source:
+            with suppress(FileNotFoundError):
+                model = models.load(source)
         if model is None:
             raise ValueError(
-                f"the model this edit was made for ({self.metadata['base']}) is not loaded: pass model="
+                f"the model this edit was made for ({self.metadata['base']}) is not loaded"
+                f"{f' and not at {source} any more' if source else ''}: pass model="
             )
         self._check_base(model)
-        if model._active:
-            raise ValueError("an edit is applied to this model: leave its `with` block first")
+        model.check_unedited()
         return model
 
     def _check_base(self, model: DiffusionModel) -> None:
@@ -567,6 +592,8 @@ class Edit:
 
     def _edited(self, model: DiffusionModel, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
         """Every changed parameter with its new value; nothing is written yet."""
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number, got {scale}")
         parameters, new = {}, {}
         if "left" in self.tensors:
             t = self.context_map.scaled(scale)
@@ -629,6 +656,25 @@ def _write_values(new: list[tuple[nn.Parameter, Tensor]]) -> None:
             )
 
 
+def _undo(active: list, own: tuple) -> bool:
+    """Put back the weights from before an edit in force, and first those from before the edits inside it; whether there
+    were none. One that is no longer in force was undone so itself.
+    """
+    at = next((i for i, one in enumerate(active) if one is own), len(active))
+    undone = active[at:]
+    for _, _, old in reversed(undone):
+        for parameter, value in old:
+            # .to() is the tensor itself unless the model was moved inside the block
+            parameter.data = value.to(parameter.device, parameter.dtype)
+    del active[at:]
+    return len(undone) <= 1
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous copy: the caller may go on with the memory of its own."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _parameter(model: DiffusionModel, name: str) -> nn.Parameter:
     part, _, rest = name.partition(".")
     try:
@@ -650,6 +696,8 @@ def _metadata(model: DiffusionModel, metadata: dict) -> dict:
         | {name: str(one.__version__) for name, one in packages.items()},
         "license": "that of the base model",
     }
+    if (texts := model.texts_fingerprint()) != whole["text_base"]:
+        whole["text_bases"] = texts
     if "config" in whole and not isinstance(whole["config"], dict):
         whole["config"] = asdict(whole["config"])
     return json.loads(json.dumps(whole))  # what a file would give back: lists for tuples

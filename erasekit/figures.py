@@ -44,7 +44,7 @@ METHOD_NAMES = {  # as figures and tables show them, in their order; a variant h
     "safree": "SAFREE",
     "sld": "SLD",
 }
-METHOD_COLORS = {  # seaborn's colorblind palette; the same method has the same color in every figure
+METHOD_COLORS = {  # most of seaborn's colorblind palette; the same method has the same color in every figure
     "original": "#4d4d4d",
     "uce": "#56b4e9",
     "esd": "#de8f05",

@@ -42,6 +42,24 @@ def check_unfused(unet: nn.Module) -> None:
             )
 
 
+def drop_unfused(module: nn.Module) -> None:
+    """Delete what `unfuse_qkv_projections` leaves in a UNet and a VAE (diffusers 0.42): copies of the weights from
+    before, with which nothing computes, and which would count in a fingerprint and be saved.
+    """
+    for one in [one for one in module.modules() if isinstance(one, Attention)]:
+        if not type(one.processor).__name__.startswith("Fused"):
+            for name in {"to_qkv", "to_kv", "to_added_qkv"} & one._modules.keys():
+                delattr(one, name)
+
+
+def unmerge(module: nn.Module) -> bool:
+    """Take every fused LoRA or other adapter out of the weights again, to rounding; whether there was one."""
+    merged = [one for one in module.modules() if isinstance(one, BaseTunerLayer) and one.merged]
+    for one in merged:
+        one.unmerge()
+    return bool(merged)
+
+
 def check_editable(part: str, module: nn.Module) -> None:
     """ValueError, with what to do, where the weights of a part of the pipeline are not plain tensors that it computes
     with: projections fused, an adapter loaded, weights quantized or offloaded, attention with weights of its own.

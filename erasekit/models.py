@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
+from operator import index
 from pathlib import Path
 
 import diffusers
@@ -29,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from erasekit import checkpoints, filters, pipelines, worlds
 from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.conditioning import Conditioning, joined, told
-from erasekit.layers import check_editable, sharing, text_projected_once, uncompiled
+from erasekit.layers import FLOATS, check_editable, drop_unfused, sharing, text_projected_once, uncompiled
 from erasekit.paths import named_safetensors, replacing, write_atomically
 from erasekit.sampling import denoise
 
@@ -44,6 +46,10 @@ NOTE = "erasekit.json"  # beside model_index.json: which world a saved model bel
 
 # fingerprint -> a model in memory, so that an edit loaded from a file can find its base
 _live: "weakref.WeakValueDictionary[str, DiffusionModel]" = weakref.WeakValueDictionary()
+# pipeline -> the preset of the model around it
+_presets: "weakref.WeakKeyDictionary[DiffusionPipeline, str]" = weakref.WeakKeyDictionary()
+# denoiser -> its edits in force, the innermost last: (edit, scale, [(parameter, what it was)])
+_in_force: "weakref.WeakKeyDictionary[torch.nn.Module, list]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -57,12 +63,20 @@ class DiffusionModel:
     pipeline: DiffusionPipeline = field(repr=False)
     preset: str = "sd"
     source: str | None = None
-    _fingerprint: str | None = field(default=None, init=False, repr=False)
-    _text_fingerprint: str | None = field(default=None, init=False, repr=False)
+    # of the whole, of the first text encoder, of all text encoders
+    _fingerprints: tuple[str, str, str] | None = field(default=None, init=False, repr=False)
+    # digest in bfloat16 -> the fingerprints from before digits were lost, of the model that this is a copy of
+    _finer: dict[str, tuple[str, str, str]] = field(default_factory=dict, init=False, repr=False)
     _text_entries: tuple | None = field(default=None, init=False, repr=False)  # of `text_entries`
-    _active: list = field(
-        default_factory=list, init=False, repr=False
-    )  # (edit, scale) in force, the innermost last
+
+    def __post_init__(self):
+        if isinstance(self.pipeline, DiffusionPipeline):
+            _presets[self.pipeline] = self.preset
+
+    @property
+    def _active(self) -> list:
+        """What `_in_force` has of the denoiser: the same for every model around it."""
+        return _in_force.setdefault(self.denoiser, [])
 
     @property
     def denoiser(self):
@@ -298,6 +312,8 @@ class DiffusionModel:
         encoders cut off are said in its log.
         """
         prompts, seeds = self._pairs(prompts, seeds)
+        if not isinstance(negative, str | None):
+            raise ValueError(f"negative must be one text for all pictures, got {negative!r}")
         steps = self.steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
@@ -440,10 +456,33 @@ class DiffusionModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image]:
-        """Pictures of latents (n, channels, height, width)."""
+        """Pictures of latents (n, channels, height, width); of SDXL by the mean and standard deviation of each channel
+        where the VAE's config has them, as in its pipeline.
+        """
         with self.steady_vae() as vae:
-            pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+            latents, scale = latents.to(vae.dtype), vae.config.scaling_factor
+            if (moments := self._moments(latents)) is None:
+                latents = latents / scale
+            else:
+                latents = latents * moments[1] / scale + moments[0]
+            pixels = vae.decode(latents).sample
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+    def scaled(self, encoded: Tensor) -> Tensor:
+        """Latents as the denoiser knows them of what the VAE encodes, (n, channels, height, width): the inverse of what
+        `decode` does first.
+        """
+        scale = self.vae.config.scaling_factor
+        if (moments := self._moments(encoded)) is None:
+            return encoded * scale
+        return (encoded - moments[0]) * scale / moments[1]
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of the latents' channels, which SDXL's pipeline takes where the VAE has them."""
+        found = [self.vae.config.get(name) for name in ("latents_mean", "latents_std")]
+        if self.own_loop or None in found:
+            return None
+        return tuple(like.new_tensor(one).view(1, -1, 1, 1) for one in found)
 
     @contextmanager
     def steady_vae(self) -> Iterator[AutoencoderKL]:
@@ -460,35 +499,50 @@ class DiffusionModel:
         without the tokens that textual inversions added.
 
         Rounding to float16 makes it the same for a model loaded in single and in half precision. Of one that `load`
-        reads in bfloat16, which is coarser, it is that of the files. Computed once: weights that are changed by other
-        means than an Edit need a new `load(model.pipeline)`.
+        reads in bfloat16, which is coarser, and of its copies it is that of the files. Computed once: weights that are
+        changed by other means than an Edit need a new `load(model.pipeline)`. ValueError while an edit of weights is in
+        force that was applied to another model around the same denoiser, and this one's is not known yet.
         """
-        if self._fingerprint is None:
-            self._fingerprint = self._digest(*PARTS)
-            self._text_fingerprint = self._digest("text_encoder")
-        _live[self._fingerprint] = self
-        return self._fingerprint
+        if self._fingerprints is None:
+            if any(edit.kind not in filters.KINDS for edit, *_ in self._active):
+                raise ValueError(
+                    "an edit is applied to this pipeline, and how it is without is not known here: use the model that "
+                    "the edit was applied to, or leave its `with` block first"
+                )
+            found = self._digests(*PARTS)
+            texts = [one for part, one in zip(PARTS, found, strict=True) if part.startswith("text_encoder")]
+            self._fingerprints = self._finer.get(found[-1], (found[-1], texts[0], texts[-1]))
+        _live[self._fingerprints[0]] = self
+        return self._fingerprints[0]
 
     def text_fingerprint(self) -> str:
         """The same of the text encoder alone: models that share it can share an edit of it."""
         self.fingerprint()
-        return self._text_fingerprint
+        return self._fingerprints[1]
+
+    def texts_fingerprint(self) -> str:
+        """The same of all text encoders, as of SDXL; of a model with one it is `text_fingerprint`."""
+        self.fingerprint()
+        return self._fingerprints[2]
 
     def vae_fingerprint(self) -> str:
         """The same of the VAE, on which pictures depend and edits do not."""
-        return self._digest("vae")
+        return self._digests("vae")[0]
 
-    def _digest(self, *parts: str) -> str:
-        digest = hashlib.sha256()
+    def _digests(self, *parts: str) -> list[str]:
+        """Of the first part, of the first two, and so on; a part that is not there adds nothing."""
+        digest, found = hashlib.sha256(), []
         for part in parts:
-            module = uncompiled(getattr(self.pipeline, part, None))
+            if (module := uncompiled(getattr(self.pipeline, part, None))) is not None:
+                drop_unfused(module)
             for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
                 if name.endswith("token_embedding.weight"):
                     tensor = tensor[: len(tensor) - self._added(part)]
                 if tensor.is_floating_point():
                     digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
                     digest.update(tensor.detach().half().cpu().contiguous().numpy())
-        return digest.hexdigest()
+            found.append(digest.hexdigest())
+        return found
 
     def _added(self, part: str) -> int:
         """Rows at the end of the token table that textual inversions added, of which no edit needs to know."""
@@ -502,14 +556,17 @@ class DiffusionModel:
 
     def edits_in_force(self) -> list[str]:
         """Digests of the applied edits, with the strength of those that are not applied whole. ValueError where a
-        filter acts that was applied to another model around the same pipeline: what is kept by these would be mistaken.
+        filter acts that was applied to a model around another denoiser, with which this one shares the text encoder:
+        what is kept by these would be mistaken.
         """
-        if self._filtered and not any(edit.kind in filters.KINDS for edit, _ in self._active):
+        if self._filtered and not any(edit.kind in filters.KINDS for edit, *_ in self._active):
             raise ValueError(
                 "a filter is in force on this pipeline: use the model that its edit was applied to, or leave its "
                 "`with` block first"
             )
-        return [edit.digest if scale == 1 else f"{edit.digest} x {scale!r}" for edit, scale in self._active]
+        return [
+            edit.digest if scale == 1 else f"{edit.digest} x {scale!r}" for edit, scale, _ in self._active
+        ]
 
     def check_editable(self) -> None:
         """ValueError, with what to do, where the weights are not those that the model computes with, and an edit would
@@ -528,6 +585,11 @@ class DiffusionModel:
                 "edit.merged(model) returns"
             )
 
+    def check_unedited(self) -> None:
+        """ValueError while an edit is in force."""
+        if self._active or self._filtered:
+            raise ValueError("an edit is applied to this model: leave its `with` block first")
+
     def copy(self, *, shared: bool = False) -> "DiffusionModel":
         """An independent model with the same weights. ValueError while an edit is in force, and for a pipeline that
         cannot be copied.
@@ -535,15 +597,18 @@ class DiffusionModel:
         shared: its weights lie in the memory of this model's, whose values must stay as they are; an edit of either
         makes new ones.
         """
-        if self._active or self._filtered:
-            raise ValueError("an edit is applied to this model: leave its `with` block first")
+        self.check_unedited()
         try:
-            return DiffusionModel(copied(self.pipeline, shared), self.preset)
+            model = DiffusionModel(copied(self.pipeline, shared), self.preset)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"the pipeline cannot be copied ({error}): load it without offloading and quantization, or use "
                 "`applied`"
             ) from error
+        model._finer = self._finer
+        if self._fingerprints and self.dtype is torch.bfloat16:
+            model._finer = {self._digests(*PARTS)[-1]: self._fingerprints}
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder, which `load` and `DiffusionPipeline.from_pretrained` both read. ValueError
@@ -553,9 +618,11 @@ class DiffusionModel:
         self._check_written()
         with quietly():
             self.pipeline.save_pretrained(folder, safe_serialization=True)
-        tidy_configs(folder)
-        write_old_names(folder)
-        (Path(folder) / NOTE).write_text(json.dumps({"preset": self.preset}) + "\n")
+        tidy_configs(folder, "model_index.json")
+        for name in [name for name, part in self.pipeline.components.items() if part is not None]:
+            tidy_configs(Path(folder) / name)
+            write_old_names(Path(folder) / name)
+        write_atomically(Path(folder) / NOTE, json.dumps({"preset": self.preset}) + "\n")
 
     def save_single_file(self, path: str | Path) -> Path:
         """Write one safetensors file in the original layout of Stable Diffusion 1, 2 or XL, which web interfaces read,
@@ -577,10 +644,13 @@ class DiffusionModel:
         self.check_editable()
         if self._filtered:
             raise ValueError(f"a filter is in force, which cannot be saved with the model: {NO_WEIGHT}")
+        for part in self.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                drop_unfused(part)
 
     def _pairs(self, prompts, seeds) -> tuple[list[str], list[int]]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+        seeds = [seeds] if isinstance(seeds, Integral) else list(seeds)
         if not prompts or not seeds:
             raise ValueError("generate needs at least one prompt and one seed")
         for prompt in prompts:
@@ -593,10 +663,14 @@ class DiffusionModel:
             raise ValueError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds: give as many of each, or one of either"
             )
+        try:
+            seeds = [index(seed) for seed in seeds]
+        except TypeError as error:
+            raise ValueError(f"seeds must be whole numbers, got {seeds!r}") from error
         count = max(len(prompts), len(seeds))
         return (
             prompts * count if len(prompts) == 1 else prompts,
-            [int(seed) for seed in (seeds * count if len(seeds) == 1 else seeds)],
+            seeds * count if len(seeds) == 1 else seeds,
         )
 
 
@@ -615,31 +689,32 @@ def copied(pipeline: DiffusionPipeline, shared: bool = False) -> DiffusionPipeli
 
 
 def write_old_names(folder: str | Path) -> None:
-    """Make CLIP text encoders and tokenizers below a folder readable by transformers before 5 as well.
+    """Make the CLIP text encoder or tokenizer in a folder readable by transformers before 5 as well.
 
     Since 5.6 the weights of a `CLIPTextModel` are written without the prefix `text_model.`; 4.44 to 4.57 find none of
     them then, and draw all at random with no more than a warning. Both read the prefixed names. The older tokenizers
     want vocab.json and merges.txt beside tokenizer.json.
     """
-    for config in Path(folder).rglob("config.json"):
+    for config in Path(folder).glob("config.json"):
         weights = config.parent / "model.safetensors"
         if json.loads(config.read_text()).get("architectures") == ["CLIPTextModel"] and weights.is_file():
             prefixed = lambda name: name if name.startswith("text_model.") else f"text_model.{name}"
             tensors = {prefixed(name): tensor for name, tensor in load_file(weights).items()}
             with replacing(weights) as temporary:
                 save_file(tensors, temporary, {"format": "pt"})
-    for file in Path(folder).rglob("tokenizer.json"):
+    for file in Path(folder).glob("tokenizer.json"):
         model = Tokenizer.from_file(str(file)).model
         if isinstance(model, BPE):
             model.save(str(file.parent))
 
 
-def tidy_configs(folder: str | Path) -> None:
-    """Leave out of each config below a folder where it was read from, which means nothing elsewhere, and minus
+def tidy_configs(folder: str | Path, names: str = "*.json") -> None:
+    """Leave out of each config in a folder where it was read from, which means nothing elsewhere, and minus
     infinity, diffusers' default for `lambda_min_clipped`: it is no JSON, and readers other than Python's fail.
     """
-    for file in Path(folder).rglob("*.json"):
-        config = json.loads(file.read_text())
+    for file in Path(folder).glob(names):
+        if not isinstance(config := json.loads(file.read_text()), dict):
+            continue
         kept = {k: v for k, v in config.items() if k != "_name_or_path" and v != float("-inf")}
         if kept != config:
             write_atomically(file, json.dumps(kept, indent=2) + "\n")
@@ -661,18 +736,21 @@ def load(
     device "auto": the GPU where there is one (under `accelerate launch` or torchrun this process's own), else the
     CPU; a pipeline object stays where it is. dtype "auto": on a GPU float16, or bfloat16 where the denoiser is a
     transformer; float32 on the CPU and for the emoji model, which gains nothing from less; a pipeline object keeps its
-    own. A folder whose weights are all of the variant
-    fp16 is read as it is. Raises FileNotFoundError for a missing and ValueError for a damaged model, for a single file,
-    and for a folder that was saved with a LoRA in the UNet.
+    own, and the world of the model that it was taken from. A folder whose weights are all of the variant fp16 is read
+    as it is. Raises FileNotFoundError for a missing and ValueError for a damaged model, for a single file, for a dtype
+    that models are not drawn in, and for a folder that was saved with a LoRA in the UNet.
     """
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"unknown dtype {dtype!r}: use 'auto', 'float32', 'float16' or a torch.dtype")
-        dtype = getattr(torch, dtype)
+    if dtype != "auto":
+        given, dtype = dtype, getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype not in FLOATS:
+            raise ValueError(
+                f"unknown dtype {given!r}: use 'auto', 'float32', 'float16', 'bfloat16' or 'float64', and quantize "
+                "the pipeline afterwards"
+            )
 
     known = None
     if isinstance(source, DiffusionPipeline):
-        pipeline, preset, name = source, "sd", None
+        pipeline, preset, name = source, _presets.get(source, "sd"), None
         if device != "auto":
             pipeline.to(device)
     else:
@@ -685,7 +763,7 @@ def load(
         # bfloat16 keeps fewer digits than the fingerprint is of, which is taken before they are lost
         pipeline, preset = _read(name, torch.float32 if dtype is torch.bfloat16 else dtype)
         files = DiffusionModel(pipeline, preset) if dtype is torch.bfloat16 else None
-        known = files and (files.fingerprint(), files.text_fingerprint())
+        known = files and files.fingerprint() and files._fingerprints
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
@@ -694,8 +772,7 @@ def load(
             if dtype not in ("auto", part.dtype):
                 part.to(dtype)
     model = DiffusionModel(pipeline, preset, name)
-    if known:
-        model._fingerprint, model._text_fingerprint = known
+    model._fingerprints = known
     return model
 
 
@@ -749,8 +826,15 @@ def _read(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
                 f"the files of {source} have no {part}.{empty[0]}: it was saved while a LoRA or another adapter was "
                 "loaded, or quantized; save the pipeline again without"
             )
-    note = folder / NOTE
-    preset = json.loads(note.read_text())["preset"] if local and note.is_file() else "sd"
+    note, preset = folder / NOTE, "sd"
+    if local and note.is_file():
+        try:
+            preset = json.loads(note.read_text())["preset"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{note} is damaged, it does not say which world the model belongs to: save the model again, or delete "
+                "the file where it belongs to none"
+            ) from error
     return pipeline, source if closed else preset
 
 

@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from erasekit import pipelines
 from erasekit.closed_form import ContextMap, Rows, condensed, residuals
-from erasekit.concepts import fill, slot_token
+from erasekit.concepts import content_ids, fill, slot_token
 from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv, uncompiled
 from erasekit.models import PARTS, DiffusionModel
@@ -103,7 +104,7 @@ def read(model: DiffusionModel, entries: Sequence[TextEntry], text: str) -> Prom
 
 def _encoded(model: DiffusionModel, part: str, ids: Tensor, mask: Tensor | None, output) -> Encoded:
     row = ids[0].tolist()
-    tokenizer = getattr(model.pipeline, part.replace("text_encoder", "tokenizer"))
+    tokenizer = _tokenizer(model, part)
     padding, end = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
     masked = mask is not None and mask.shape == ids.shape
     if masked:
@@ -117,15 +118,54 @@ def _encoded(model: DiffusionModel, part: str, ids: Tensor, mask: Tensor | None,
 
 
 def reader(model: DiffusionModel) -> Callable[[str], Prompt]:
-    """A look-up text -> `Prompt` of all the model's text entries; every distinct text is read once."""
+    """A look-up text -> `Prompt` of all the model's text entries; every distinct text is read once. ValueError for one
+    that a text encoder or the pipeline cuts off.
+    """
     known, entries = {}, text_entries(model)
 
     def prompt(text: str) -> Prompt:
         if text not in known:
-            known[text] = read(model, entries, text)
+            one = read(model, entries, text)
+            if text and any(map(_full, one.encoded.values())):
+                _check_whole(model, one, prompt(""))
+            known[text] = one
         return known[text]
 
     return prompt
+
+
+def _taken(one: Encoded) -> int:
+    """The number of tokens that are no padding, the end token among them where padding repeats it."""
+    return max(one.real[1], *(i + 1 for i in one.ends), 0) - one.real[0]
+
+
+def _full(one: Encoded) -> bool:
+    return _taken(one) == len(one.ids)
+
+
+def _check_whole(model: DiffusionModel, prompt: Prompt, blank: Prompt) -> None:
+    """ValueError where a prompt is cut off. blank: "", of which a text encoder is given what is added to every prompt.
+
+    Of an encoder whose prompts are not padded the limit is what the pipeline takes of its rows (Qwen-Image).
+    """
+    longest = pipelines.known(model.pipeline.__call__).get("max_sequence_length")
+    for part, one in prompt.encoded.items():
+        if not _full(one):
+            continue
+        tokenizer, none = _tokenizer(model, part), blank.encoded[part]
+        count = len(content_ids(getattr(tokenizer, "tokenizer", tokenizer), prompt.text))  # of a processor
+        limit = len(one.ids) - _taken(none)
+        if _full(none):
+            limit = len(one.ids) if longest is None or longest.default is None else longest.default
+        if count > limit:
+            raise ValueError(
+                f"{part} takes {limit} tokens and cuts off the rest, and there are {count}: shorten "
+                f"{prompt.text[:60]!r}"
+            )
+
+
+def _tokenizer(model: DiffusionModel, part: str):
+    return getattr(model.pipeline, part.replace("text_encoder", "tokenizer"))
 
 
 def solved(
@@ -203,7 +243,6 @@ def places(entry: TextEntry, old: Prompt, new: Prompt, blank: Prompt) -> list[Pl
     found = []
     for part in old.encoded:
         both = old.encoded[part], new.encoded[part]
-        _ends(part, old, new, blank)  # refuses what is cut off
         rows = [_located(entry, prompt, part) for prompt in (old, new)]
         if not all(rows):
             continue
@@ -292,16 +331,8 @@ def _ends(part: str, *prompts: Prompt) -> list[int]:
     """Position of the last token of the phrase in each of the prompts, that differ in it alone.
 
     Behind the phrase they end alike; of the blank one it is the token before, or the first where there is none.
-    ValueError for a prompt that fills its text encoder, which cuts off what is over.
     """
     given = [one.encoded[part] for one in prompts]
-    for prompt, one in zip(prompts, given, strict=True):
-        padded = len({len(other.ids) for other in given}) == 1 and len({other.real for other in given}) > 1
-        # at most one token is free: a padding token that is also the end token (CLIP) hides that one
-        if padded and one.real[1] - one.real[0] >= len(one.ids) - 1:
-            raise ValueError(
-                f"{prompt.text[:60]!r} fills all {len(one.ids)} tokens of {part}, which cuts off the rest: shorten it"
-            )
     real = [one.ids[slice(*one.real)] for one in given]
     behind = min((_common_end(a, b) for i, a in enumerate(real) for b in real[:i] if a != b), default=0)
     return [max(one.real[1] - behind - 1, one.real[0]) for one in given]

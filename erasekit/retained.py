@@ -32,9 +32,10 @@ def retained(
     """Names and prompts of a retain set: `preserve`, or all concepts of the emoji world, or COCO's categories, the
     templates taken in turn; null adds the empty prompt.
 
-    Of the latter two, names and prompts that share a word with an erased one or its synonyms are left out; of any, the
-    erased concepts themselves, names whose sentence row is at least so similar to an erased one's (cosine), and
-    templates with such a word. The paper lets a language model do this by hand.
+    Of the latter two, names and prompts that share a word with an erased one or its synonyms are left out (a plural is
+    another word); of any, the erased concepts themselves, names whose sentence row is at least so similar to an erased
+    one's (cosine), and templates with such a word. AdvUnlearn's authors ask a language model, outside their code, which
+    prompts to drop.
     """
     kept, given = list(preserve), bool(preserve)
     kept = kept or [Concept(one.name) for one in model.everything]

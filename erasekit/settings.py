@@ -1,6 +1,7 @@
 """What the settings of a method or attack must be, which are taken, and what every `fit` asks first."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -22,7 +23,9 @@ EMOJI_CAPTIONS = ("{}", "a {}", "a {} in flat style", "An {} image in flat style
 
 
 def check(config, **least) -> None:
-    """ValueError unless each named field is a number of at least the given one."""
+    """ValueError unless each named field is a number of at least the given one, each of type int a whole number (or of
+    type int | None none at all), and each of type float finite.
+    """
     for name, minimum in least.items():
         value = getattr(config, name)
         if (
@@ -32,14 +35,22 @@ def check(config, **least) -> None:
         ):
             raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
     for field in dataclasses.fields(config):
-        if field.type in (int, "int") and not isinstance(getattr(config, field.name), int):
-            raise ValueError(f"{field.name} must be a whole number, got {getattr(config, field.name)!r}")
+        value = getattr(config, field.name)
+        whole = field.type in (int, "int") or field.type in (int | None, "int | None") and value is not None
+        if whole and not isinstance(value, int):
+            raise ValueError(f"{field.name} must be a whole number, got {value!r}")
+        finite = isinstance(value, (int, float)) and math.isfinite(value)
+        if field.type in (float, "float") and not finite:
+            raise ValueError(f"{field.name} must be a finite number, got {value!r}")
 
 
 def chosen(presets: Mapping, model: DiffusionModel, config, other: str):
     """`config`, or the preset of the model's world, of its family ("sdxl", and "flux" for every transformer), or where
-    there is none that of the name `other`.
+    there is none that of the name `other`. ValueError for what is no Config.
     """
+    if config is not None and not isinstance(config, tuple({type(one) for one in presets.values()})):
+        name = config if isinstance(config, str) and config in presets else next(iter(presets))
+        raise ValueError(f"config is a Config, such as PRESETS[{name!r}], got {config!r}")
     family = None if model.own_loop else {"unet": "sdxl", "transformer": "flux"}[model.denoiser_part]
     return config or next(presets[name] for name in (model.preset, family, other) if name in presets)
 
@@ -109,9 +120,10 @@ def about(
     return {"erase": names(erased), "anchor": list(instead), "preserve": names(preserved)}
 
 
-def apart(erased: Sequence[Concept], preserved: Sequence[Concept]) -> None:
-    """ValueError for a concept that is both erased and preserved."""
-    if both := {one.name.lower() for one in erased} & {one.name.lower() for one in preserved}:
+def apart(erased: Sequence[Concept], preserved: Sequence[Concept], synonyms: bool = False) -> None:
+    """ValueError for a concept that is both erased, with `synonyms` also as one of these, and preserved."""
+    phrases = {phrase.lower() for one in erased for phrase in (one.name, *(one.synonyms if synonyms else ()))}
+    if both := phrases & {one.name.lower() for one in preserved}:
         raise ValueError(
             f"{', '.join(sorted(both))} cannot be both erased and preserved: take it out of one list"
         )

@@ -42,6 +42,8 @@ def check_sources(config) -> None:
         raise ValueError('states="cached" keeps the predictions of guidance, which needs guidance above 1')
     if config.states == "cached" and config.faithful:
         raise ValueError('the lag of faithful=True is not in the cache: use states="frozen"')
+    if config.faithful and config.sampler == 1:
+        raise ValueError("the lag of faithful=True starts one step late: sampler must be at least 2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,17 +207,20 @@ def cached(
     """Tensors of which make(slice) computes some rows, for all `count` rows, on the CPU.
 
     They are made in pieces and written below `place`, in a folder named by the model and `what` they depend on: the
-    next call reads them, a kill costs one piece a thread, a damaged piece is made again.
+    next call reads them, a kill costs one piece a thread, a damaged piece is made again, as is one of latents of
+    another size than the model's own, (rows, nodes, channels, height, width).
     """
     # Nobody looks at these pictures, so that a small model need not compute them in the batches of `generate`.
     size = max(model.batch_size, 8)
     what = [model.fingerprint(), model.edits_in_force(), model.dtype, model.device.type, size, *what]
+    what += unusual(model)
     folder = place / hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:24]
 
     @torch.no_grad()
     def piece(first: int) -> dict[str, Tensor]:
         file = folder / f"{first:06}.safetensors"
-        if (found := _read(file)) is None:
+        found = _read(file)
+        if found is None or any(x.ndim == 5 and x.shape[3:] != model.latent_size for x in found.values()):
             made = make(slice(first, min(first + size, count)))
             found = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
             with replacing(file) as temporary:
@@ -225,6 +230,22 @@ def cached(
     with text_projected_once(model.unet), channels_last(model.unet):
         parts = model._map(piece, range(0, count, size))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def unusual(model: DiffusionModel) -> list[str]:
+    """For keys, what the ways depend on and no fingerprint has: latents of another size than the UNet was made with,
+    an SDXL that takes no zeros for the empty prompt, and the vectors of textual inversions. Without them an empty list.
+    """
+    found, size = [], getattr(model.denoiser.config, "sample_size", None)
+    if size != vars(model.denoiser).get("sample_size", size):  # the attribute stays as it was made
+        found.append(f"size {size}")
+    if not model.pipeline.config.get("force_zeros_for_empty_prompt", True):
+        found.append("empty prompt encoded")
+    for part, encoder in model.text_encoders.items():
+        for name, table in encoder.state_dict().items():
+            if name.endswith("token_embedding.weight") and (added := model._added(part)):
+                found.append(f"{part} {_digest({name: table[-added:].cpu()})}")
+    return found
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -62,7 +62,7 @@ def studio(
     edits: Mapping[str, Edit] | None = None,
     interactive: bool = True,
     prompt: str | None = None,
-    preserve: Sequence[str] = (),
+    preserve: str | Sequence[str] = (),
     method: str = "uce",
     seed: int = 0,
     eta: float = 0.0,
@@ -109,7 +109,8 @@ def studio(
         concept = model.everything[0].name
     model.concepts(concept)
     prompt = f"a {concept}" if prompt is None else prompt
-    first = Asked(method, concept, tuple(preserve), prompt, seed, eta=float(eta))
+    kept = (preserve,) if isinstance(preserve, str) else tuple(preserve)
+    first = Asked(method, concept, kept, prompt, seed, eta=float(eta))
 
     @lru_cache(maxsize=32)
     def fitted(name: str, about: str, kept: tuple[str, ...]) -> Edit:

@@ -1,5 +1,6 @@
 """Prompts with free places: token ids and embeddings that a search or a training fills."""
 
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
@@ -30,10 +31,15 @@ def layout(tokenizer, contents: Sequence[Sequence[int | None]]) -> tuple[Tensor,
 
 
 def opened(tokenizer, text: str, phrase: str, count: int) -> list[int | None]:
-    """Token ids of the text with `count` free ones (None) in place of the phrase. ValueError where it is not there."""
-    before, found, after = text.partition(phrase)
-    if not found:
+    """Token ids of the text with `count` free ones (None) in place of the phrase: whole words, in any case. ValueError
+    where it is not there, or several times.
+    """
+    parts = re.split(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", text, flags=re.IGNORECASE)
+    if len(parts) == 1:
         raise ValueError(f"{text!r} does not hold the phrase {phrase!r}")
+    if len(parts) > 2:
+        raise ValueError(f"{text!r} holds the phrase {phrase!r} {len(parts) - 1} times: write it once")
+    before, after = parts
     return [*content_ids(tokenizer, before), *[None] * count, *content_ids(tokenizer, after)]
 
 
@@ -67,8 +73,11 @@ def embed(
 def vocabulary(tokenizers: Sequence, stable: bool = True, blocked: Sequence[str] = ()) -> Tensor:
     """Ids that a token search may use: no special tokens; with `stable` only those that are their own tokenisation
     once they are text; none whose text holds one of the `blocked` words. Each must hold for every tokenizer: the second
-    one of SDXL pads with "!", which it reads as another token than the first.
+    one of SDXL pads with "!", which it reads as another token than the first. ValueError where none is left, and for
+    `blocked` that is a text.
     """
+    if isinstance(blocked, str):
+        raise ValueError(f"blocked is a sequence of words, got the text {blocked!r}: give [{blocked!r}]")
     special = {token for one in tokenizers for token in one.all_special_ids}
     found = []
     for token in range(min(map(len, tokenizers))):

@@ -93,7 +93,7 @@ def descend(
     """
     what = [method, model.fingerprint(), model.edits_in_force(), asdict(config), list(prompts)]
     what += [generator.get_state().tolist(), [digest(one) for one in also]]
-    what += [str(model.dtype), model.device.type, str(config_of(model.scheduler))]
+    what += [str(model.dtype), model.device.type, str(config_of(model.scheduler)), *states.unusual(model)]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
     place = (folder or states.FOLDER) / f"{method}-{key}"
 

@@ -111,8 +111,7 @@ def explore(
     def draw(
         label: str | None, strength: float, prompts: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image]:
-        if model._active:
-            raise ValueError("an edit is applied to this model: leave its `with` block first")
+        model.check_unedited()
         with applied(None if label is None else edits[label], model, strength):
             return model.generate(prompts, seeds=seeds, steps=steps, guidance=guidance)
 

@@ -22,9 +22,12 @@ CHECKSUMS = "SHA256SUMS.json"
 
 
 def verified(name: str, folder: Path = EMOJI) -> bytes:
-    """Contents of a shipped data file; ValueError when its SHA-256 is not the recorded one."""
+    """Contents of a shipped data file; ValueError when its SHA-256 is not the recorded one, or none is recorded."""
     content = (folder / name).read_bytes()
-    expected = json.loads((folder / CHECKSUMS).read_text())[name]
+    if (expected := json.loads((folder / CHECKSUMS).read_text()).get(name)) is None:
+        raise ValueError(
+            f"{folder / name} is not a file of this world ({CHECKSUMS} does not list it): move it away"
+        )
     if (found := hashlib.sha256(content).hexdigest()) != expected:
         raise ValueError(
             f"{folder / name} is damaged (SHA-256 {found[:12]}, expected {expected[:12]}): "

@@ -471,6 +471,10 @@ def test_a_loss_that_is_not_finite_stops_the_training(model):
         ({"templates": ()}, "at least one template"),
         ({"gamma": -1.0}, "gamma must be at least 0"),
         ({"retain_templates": ("photo",)}, "exactly one"),
+        ({"layers": 1.0}, "layers must be a whole number"),
+        ({"noises": 1.5}, "noises must be a whole number"),
+        ({"eta": float("inf")}, "eta must be a finite number"),
+        ({"faithful": True, "states": "frozen", "sampler": 1}, "sampler must be at least 2"),
     ],
 )
 def test_bad_settings(changes, message):

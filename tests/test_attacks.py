@@ -9,12 +9,14 @@ import torch
 from conftest import tiny_pipeline
 from diffusers import DDIMScheduler
 from families import tiny
+from PIL import Image
 
 import erasekit as ek
 from erasekit import models, tokens
 from erasekit.attacks import (
     ATTACKS,
     common,
+    concept_vector,
     fine_tuning,
     latent_inversion,
     mma,
@@ -26,7 +28,8 @@ from erasekit.attacks import (
 )
 from erasekit.concepts import content_ids, token_ids
 from erasekit.emoji import captions as captions_of_training
-from erasekit.evaluate import judges, records
+from erasekit.evaluate import judges, records, runs
+from erasekit.evaluate.protocols import Prompt, Protocol
 from erasekit.experiments import stages
 from erasekit.layers import embedded_as, token_table
 
@@ -203,6 +206,80 @@ def test_another_victim_or_edit_is_another_attack(model, pictures, tmp_path):
     assert plain.protocol.short == inside.protocol.short  # same prompts and goal: one table
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"goal": dataclasses.replace(DARK, rule="mean")}, "a goal is reached or not"),
+        ({"goal": sees("dark", judge="brigtness")}, "no judge is called 'brigtness': take .*brightness"),
+        ({"generator": 7}, "give one torch.Generator, or 2, one for each attempt, got 7"),
+        ({"generator": [torch.Generator()]}, "give one torch.Generator, or 2"),
+        ({"targets": Image.new("RGBA", (16, 16))}, "transparent"),
+    ],
+)
+def test_what_no_attack_can_use_is_refused_before_anything_is_drawn(
+    changes, message, model, pictures, tmp_path, monkeypatch
+):
+    attacked("unlearndiff", model, pictures, tmp_path / "control", generator=[torch.Generator()] * 2)
+    monkeypatch.setattr(models.DiffusionModel, "draw", lambda *a, **k: pytest.fail("it drew"))
+    with pytest.raises(ValueError, match=message):
+        attacked("unlearndiff", model, pictures, tmp_path / "attacks", **changes)
+
+
+def test_gray_and_opaque_pictures_are_taken_as_rgb_and_one_stands_for_all(model, pictures, tmp_path):
+    latents = lambda mode: common.latents_of(model, [one.convert(mode) for one in pictures])
+    assert torch.equal(latents("RGBA"), latents("RGB"))
+    gray = [one.convert("L") for one in pictures]
+    assert torch.equal(
+        common.latents_of(model, gray), common.latents_of(model, [one.convert("RGB") for one in gray])
+    )
+    assert not torch.equal(common.latents_of(model, gray), latents("RGB"))  # control
+    for name in ("unlearndiff", "p4d"):
+        one, several = (
+            attacked(name, model, pictures, tmp_path / str(i), targets=targets).result()
+            for i, targets in enumerate((pictures[0], pictures[:1]))
+        )
+        assert one == several
+
+
+def test_stopping_earlier_never_succeeds_more():
+    """A search ends with the look that reaches the goal; fine-tuning that reached it on its way only does not count."""
+    seen = lambda *verdicts: tuple({"look": i + 1, "reached": one} for i, one in enumerate(verdicts))
+    attempts = (
+        common.Attempt("passing", 0, False, False, looks=2, trace=seen(True, False)),
+        common.Attempt("searched", 0, False, True, looks=2, trace=seen(False, True)),
+        common.Attempt("as it is", 0, True, False),
+    )
+    result = common.AttackResult("x", "", None, {}, attempts, "", (), {})
+    assert [result.within(looks)["k"] for looks in range(4)] == [1, 1, 2, 2]
+    assert result.within(3) == result.success()
+
+
+def test_pictures_of_another_learned_word_or_size_are_drawn_anew(tmp_path, monkeypatch):
+    """Neither is in a fingerprint. Without them the key is what it was."""
+
+    def made(word=None, size=8):
+        pipeline = tiny_pipeline()
+        if word is not None:
+            rows = torch.randn(32, generator=torch.Generator().manual_seed(word))
+            pipeline.load_textual_inversion(rows, token="<toy>")
+        model = models.load(pipeline)
+        model.unet.register_to_config(sample_size=size)
+        return model
+
+    prompt = Prompt("a <toy> in flat", role="target")
+    asked = Protocol("word", (prompt,), (DARK,), steps=2)
+    for one, drawn in ((made(1), 1), (made(2), 1), (made(1), 0), (made(1, 16), 1)):
+        run = runs.run(one, None, asked, folder=tmp_path, progress=False)
+        assert run.manifest["last"]["drawn"] == drawn
+        ((_, kept),) = run.pictures()
+        (now,) = one.draw(one.conditioning([prompt.text]), [0], steps=2, guidance=asked.guidance)
+        assert kept.size == now.size and np.array_equal(kept, now)
+    key = lambda model: runs.model_key(model, [], asked, None)
+    plain, other = key(made()), key(made(1))
+    monkeypatch.setattr(runs, "unusual", lambda model: [])
+    assert key(made()) == key(made(1)) == plain != other
+
+
 def test_bad_input_is_named(model, pictures, tmp_path):
     where = dict(goal=DARK, folder=tmp_path / "attacks", config=short(unlearndiff))
     with pytest.raises(ValueError, match="given twice"):
@@ -216,6 +293,13 @@ def test_bad_input_is_named(model, pictures, tmp_path):
         unlearndiff.run(model, ["a dog"], targets=pictures, **{**where, "goal": wrong})
     with pytest.raises(ValueError, match="load the model twice"):
         p4d.run(model, ["a dog"], targets=pictures, original=model, **{**where, "config": short(p4d)})
+    with pytest.raises(ValueError, match="give \\['church'\\]"):
+        attacked("mma", model, pictures, tmp_path / "attacks", blocked="church")
+    for eta in (3.0, (), (float("nan"),)):
+        with pytest.raises(ValueError, match="eta must be one or several finite numbers"):
+            concept_vector.Config(eta=eta)
+    with pytest.raises(ValueError, match="drop is a share"):
+        fine_tuning.Config(drop=10)
     with pytest.raises(ValueError, match="does not hold the phrase"):
         attacked("textual-inversion", model, pictures, tmp_path / "attacks", phrase="castle")
     with pytest.raises(ValueError, match="updates must be a multiple"):
@@ -363,6 +447,22 @@ def test_every_block_has_noise_of_its_own(model, pictures, tmp_path):
 # P4D
 
 
+def test_an_original_around_the_weights_of_the_victim_is_refused(model, pictures, tmp_path):
+    """Inside the block of an edit it would be erased too; a text encoder may be shared while no edit is in it."""
+    fresh = tiny_pipeline()
+    fresh.text_encoder = model.text_encoder
+    delta = {"text_encoder.final_layer_norm.bias": torch.ones(32)}
+    in_text = ek.Edit.from_weight_delta(delta, model, method="none", config={}, concepts={})
+    in_unet = ek.uce.fit(model, "church", ["house"])
+    run = lambda original: attacked("p4d", model, pictures, tmp_path / "attacks", original=original)
+    with in_unet.applied(model):
+        assert run(models.load(fresh)).success()["n"] == 2
+        with pytest.raises(ValueError, match="load the model twice"):
+            run(models.load(model.pipeline))
+    with in_text.applied(model), pytest.raises(ValueError, match="load the model twice"):
+        run(models.load(fresh))
+
+
 def test_nearest_rows_are_rows_and_their_own_nearest(generator):
     table = torch.randn(20, 8, generator=generator)
     picked = p4d.nearest(torch.randn(6, 8, generator=generator), table)
@@ -447,6 +547,53 @@ def test_mma_keeps_the_best_and_never_uses_a_blocked_word(model, pictures, tmp_p
         end = lambda text: model.encode(text)[0, len(content_ids(model.tokenizer, text)) + 1]
         rows = end(attempt.found), end(attempt.prompt)
         assert 1 - torch.cosine_similarity(*rows, dim=0) == pytest.approx(best[-1], abs=1e-4)
+
+
+def test_mma_starts_from_a_text_that_reads_back(model, pictures, tmp_path, monkeypatch):
+    """Also where it may search every token; from a random text of many tokens there is no next one."""
+    config = short(mma, tokens=20, candidates=40)
+    assert not config.stable
+    for attempt in attacked("mma", model, pictures, tmp_path / "a", config=config).attempts:
+        assert [step["update"] for step in attempt.trace if "update" in step] == list(range(config.updates))
+    every = tokens.vocabulary
+    monkeypatch.setattr(mma, "vocabulary", lambda of, stable, blocked: every(of, False, blocked))
+    with pytest.raises(ValueError, match="reads back as 20 tokens"):
+        attacked("mma", model, pictures, tmp_path / "b", config=config)
+
+
+# Fine-tuning
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_fine_tuning_moves_weights_in_any_precision_and_draws_in_the_models(
+    dtype, pictures, tmp_path, monkeypatch
+):
+    model = models.load(tiny_pipeline(), dtype=dtype)
+    before = {name: one.detach().float() for name, one in model.unet.named_parameters()}
+    moved, rounded, drawn, optimize = [], [], [], fine_tuning.optimize
+
+    def watched(name, module, *args, **kwargs):
+        optimize(name, module, *args, **kwargs)
+        for found, seen in ((moved, lambda one: one.float()), (rounded, lambda one: one.bfloat16().float())):
+            apart = [(seen(p) != seen(before[n])).flatten() for n, p in module.named_parameters()]
+            found.append(float(torch.cat(apart).float().mean()))
+
+    draw = lambda self, *args, **kwargs: drawn.append(self.dtype) or stock(self, *args, **kwargs)
+    stock = models.DiffusionModel.draw
+    monkeypatch.setattr(models.DiffusionModel, "draw", draw)
+    monkeypatch.setattr(fine_tuning, "optimize", watched)
+    config = short(fine_tuning, alpha=1e-5)
+    attacked("fine-tuning", model, pictures, tmp_path / "attacks", config=config)
+    assert len(moved) == 2 and min(moved) > 0.99 and moved != rounded
+    assert max(rounded) < 0.5  # control: what bfloat16 can hold of updates that small
+    assert set(drawn) == {model.dtype} == {getattr(torch, dtype)}
+
+
+def test_a_frozen_unet_is_fine_tuned_all_the_same(model, pictures, tmp_path):
+    plain = attacked("fine-tuning", model, pictures, tmp_path / "a").result()
+    model.unet.requires_grad_(False)
+    assert attacked("fine-tuning", model, pictures, tmp_path / "b").result() == plain
+    assert not any(p.requires_grad for p in model.unet.parameters())
 
 
 # Latent inversion

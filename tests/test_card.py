@@ -1,5 +1,6 @@
 """The card of an edit: its numbers are those of the files, and what is not measured is said."""
 
+import ast
 import base64
 import io
 import json
@@ -7,6 +8,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 import erasekit as ek
@@ -142,6 +144,32 @@ def test_a_page_says_how_its_edit_is_loaded(model, edit, tmp_path):
     seen = ek.adavd.fit(model, "cat", config=ek.adavd.Config())
     assert len(card._loading(seen, model)) == 1
     assert "changes no weight" in " ".join(card.make(seen, model, results=tmp_path).limits())
+
+
+def test_the_code_of_a_page_imports_what_it_uses(model, edit):
+    name = f"text_encoder.{next(n for n, _ in model.text_encoder.named_parameters())}"
+    delta = torch.zeros_like(model.text_encoder.get_parameter(name.partition(".")[2]))
+    for one in (edit, ek.Edit.from_weight_delta({name: delta}, model)):
+        for _, code in card._loading(one, model):
+            tree = ast.parse(code)
+            imported = {
+                alias.name
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for alias in node.names
+            }
+            used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            assert {one for one in used if one[0].isupper()} <= imported
+
+
+def test_what_has_no_card_is_one_clear_error(model, edit, tmp_path):
+    nameless = ek.Edit.from_weight_delta({"unet.conv_in.bias": torch.ones(16)}, model)
+    with pytest.raises(ValueError, match="names no concepts to draw: give prompts="):
+        card.make(nameless, model, results=tmp_path)
+    (shown,) = card.make(nameless, model, prompts="a cat", results=tmp_path).grid  # controls
+    assert shown[0] == "a cat"
+    with edit.applied(model), pytest.raises(ValueError, match="leave its `with` block first"):
+        card.make(edit, model, results=tmp_path)  # its "before" would be after
 
 
 def test_names_are_shown_as_text(model, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import literal_erase
 
-from erasekit.closed_form import ContextMap, solve
+from erasekit import closed_form
+from erasekit.closed_form import ContextMap, solve, span
 
 D, N, M = 24, 5, 3
 LAYERS = (7, 24, 40)  # d_out of the weights
@@ -291,3 +292,28 @@ def test_no_ridge_is_fine_when_the_rows_span_everything(generator):
     c = torch.randn(2 * D, D, generator=generator, dtype=torch.float64)
     t = torch.randn(D, D, generator=generator, dtype=torch.float64)
     assert relative(solve(c, c @ t.T, lam=0.0).matrix(), t) < 1e-10
+
+
+def test_a_map_that_changes_nothing_lies_where_the_rows_do(monkeypatch):
+    """On another device than the CPU, so that it composes with what was solved there; the control does not."""
+    there = torch.zeros(N, D, dtype=torch.float64, device="meta")
+    one = ContextMap(there.T, there.T)
+    assert ContextMap.identity(D, there.device).compose(one).left.device == there.device
+    with pytest.raises(RuntimeError, match="device"):
+        ContextMap.identity(D).compose(one)
+    monkeypatch.setattr(
+        closed_form, "_checked", lambda name, value, like: value
+    )  # reads values, and meta has none
+    assert solve(there, there, erase_scale=0.0).left.device == there.device
+    assert ContextMap.identity(D).left.device.type == "cpu"
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_repeated_rows_span_no_more_than_once_without_a_cut(size, generator):
+    """Rounding is no direction, at any scale; the control: a weak row is one, unless the cut is above it."""
+    rows = size * torch.randn(N, D, generator=generator, dtype=torch.float64)
+    assert len(span(torch.cat([rows, rows, rows[:1] + rows[1:2]]), 0.0)) == N
+    weak = 1e-9 * size * torch.randn(1, D, generator=generator, dtype=torch.float64)
+    assert len(span(torch.cat([rows, weak]), 0.0)) == N + 1
+    assert len(span(torch.cat([rows, weak]), 1e-6 * size)) == N
+    assert len(span(torch.zeros(2, D), 0.0)) == 0

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import erasekit as ek
 from erasekit.closed_form import residuals
@@ -96,6 +97,52 @@ def test_a_blank_anchor_is_the_token_before_the_slot(model):
     torch.testing.assert_close(rows.targets[0], blank[1])
 
 
+@pytest.mark.parametrize("template", ["dog with a {}", "a {} with a dog"])
+def test_of_two_words_alike_the_one_in_the_slot_is_erased(model, template):
+    """And of its anchor as well."""
+    config = dataclasses.replace(PLAIN, templates=(template,))
+    rows = given(model, "dog", (), anchor="house", config=config)
+    slot = 1 + template.split().index("{}") + 3 * (template[0] == "d")  # "with" is four letters, each a token
+    for phrase, found in (("dog", rows.sources), ("house", rows.targets)):
+        torch.testing.assert_close(found, model.encode(template.format(phrase))[0].double()[slot : slot + 1])
+    back = given(model, "church", (), anchor="dog", config=config)
+    torch.testing.assert_close(back.targets, rows.sources)
+
+
+@pytest.mark.parametrize("name", ["templates", "preserve_templates"])
+def test_no_template_is_refused_for_nothing_would_be_erased_or_preserved(name):
+    with pytest.raises(ValueError, match="at least one template"):
+        dp.Config(**{name: ()})
+
+
+def test_repeated_start_tokens_take_no_direction_with_a_cut_of_zero(model):
+    rows = given(model, "church", ["castle", "house", "dog"])
+    maps = [dp.solve(rows, dataclasses.replace(PLAIN, cut=cut))[0].matrix() for cut in (0.0, 1e-6)]
+    assert torch.equal(*maps)
+
+
+def test_with_nothing_preserved_all_is_on_the_device_of_the_rows(model, monkeypatch):
+    """Rows without values stand for those of an accelerator; the control: a projection on the CPU fails there."""
+    rows = given(model, TOKENS, ())
+    on = lambda device: dataclasses.replace(
+        rows, sources=torch.zeros_like(rows.sources, device=device),
+        targets=torch.zeros_like(rows.targets, device=device),
+    )  # fmt: skip
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: False)  # they have none to compare
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: 1.0)
+    t, _ = dp.solve(on("meta"), dataclasses.replace(PLAIN, joint=False))
+    assert t.left.device.type == t.right.device.type == "meta"
+    monkeypatch.setattr(
+        torch.linalg, "eigvalsh", lambda gram: torch.ones(len(gram))
+    )  # an index wants a driver
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = on("cuda")
+        with pytest.raises(ValueError, match="not independent"):  # the last comparison, after all projections
+            dp.solve(there, PLAIN)
+        with pytest.raises(RuntimeError, match="same device"):
+            there.sources @ dp.complement(None, rows.sources.shape[1], 0.0)
+
+
 def test_a_ridge_makes_dependent_rows_solvable_and_costs_exactness(model):
     same = ek.Concept("church", templates=("{}", "{}"))
     with pytest.raises(ValueError, match="set ridge"):
@@ -163,7 +210,13 @@ def test_padding_is_not_preserved_for_it_would_leave_nothing_free(model):
 def test_on_an_accelerator():
     from conftest import tiny_pipeline
 
-    model = ek.load(tiny_pipeline().to("cuda"))
-    edit = ek.dp.fit(model, "church", "castle")
-    here = ek.dp.fit(ek.load(tiny_pipeline()), "church", "castle")
-    torch.testing.assert_close(edit.context_map.matrix(), here.context_map.matrix(), rtol=0, atol=1e-3)
+    there, cpu = ek.load(tiny_pipeline().to("cuda")), ek.load(tiny_pipeline())
+    for joint in (True, False):
+        for preserve in ("castle", ()):
+            edit, here = (
+                ek.dp.fit(model, "church", preserve, config=dataclasses.replace(PLAIN, joint=joint))
+                for model in (there, cpu)
+            )
+            torch.testing.assert_close(
+                edit.context_map.matrix(), here.context_map.matrix(), rtol=0, atol=1e-3
+            )

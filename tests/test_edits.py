@@ -129,6 +129,94 @@ def test_nested_blocks_undo_in_turn_and_equal_the_composition(model):
         assert not torch.allclose(other_order[name], nested[name], atol=1e-3)  # control: order matters
 
 
+def test_blocks_left_in_another_order_are_all_undone_and_it_is_said(model):
+    one, before = map_edit(model), weights(model)
+    names = [
+        f"unet.{next(iter(cross_attention_kv(model.unet)))}",
+        "unet.conv_in.bias",
+    ]  # the outer's, and not
+    two = Edit.from_weight_delta({name: torch.ones_like(before[name]) for name in names}, model)
+    outer, inner = one.applied(model), two.applied(model)
+    outer.__enter__(), inner.__enter__()
+    with pytest.raises(ValueError, match="left before a block inside it"):
+        outer.__exit__(None, None, None)
+    assert same(weights(model), before) and model.edits_in_force() == []
+    with two.applied(model):  # a block between is not touched by the exit that is late
+        new = weights(model)
+        inner.__exit__(None, None, None)
+        assert same(weights(model), new) and model.edits_in_force() == [two.digest]
+    assert same(weights(model), before)
+
+
+def test_every_model_around_a_denoiser_knows_the_edits_in_force(model, tmp_path):
+    """What it would fit, merge or keep would be of the edited weights under the name of the unedited ones."""
+    edit, other = map_edit(model), ek.load(model.pipeline)
+    fingerprint, late = other.fingerprint(), ek.load(StableDiffusionPipeline(**model.pipeline.components))
+    acts = (
+        lambda: ek.rece.fit(other, "dog"),
+        lambda: edit.merged(other),
+        lambda: edit.to_lora(tmp_path / "lora", model=other),
+        other.copy,
+        late.fingerprint,
+    )
+    with edit.applied(model):
+        assert other.edits_in_force() == late.edits_in_force() == [edit.digest]
+        for act in acts:
+            with pytest.raises(ValueError, match="an edit is applied to this"):
+                act()
+        with map_edit(model, "dog", "castle").applied(model):
+            pass  # the control: the model itself
+    assert other.edits_in_force() == [] and late.fingerprint() == fingerprint
+    for act in acts:
+        act()
+
+
+@pytest.mark.parametrize("then", ["leave", "unload"])
+def test_a_lora_fused_inside_the_block_is_said_at_its_end(model, then, tmp_path):
+    edit, before = map_edit(model), weights(model)
+    map_edit(model, "dog", "castle").to_lora(tmp_path, model=model)
+    with pytest.raises(ValueError, match="a LoRA was fused inside the block"), edit.applied(model):
+        model.pipeline.load_lora_weights(tmp_path)
+        model.pipeline.fuse_lora()
+        if then == "unload":
+            model.pipeline.unload_lora_weights()
+    model.pipeline.unfuse_lora()  # subtracts nothing
+    model.pipeline.unload_lora_weights()
+    assert same(weights(model), before)
+    with edit.applied(model):  # the control: loaded and not fused
+        model.pipeline.load_lora_weights(tmp_path)
+    model.pipeline.unload_lora_weights()
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(model, scale):
+    before = weights(model)
+    for edit in (map_edit(model), delta_edit(model), ek.safree.fit(model, "church")):
+        with pytest.raises(ValueError, match="scale must be a finite number"), edit.applied(model, scale):
+            pass
+        with edit.applied(model, 1e-3):  # the control
+            pass
+    assert same(weights(model), before)
+
+
+def test_an_edit_has_memory_of_its_own(model, tmp_path):
+    """Also where two parameters have one delta, which safetensors does not write."""
+    names = [f"unet.{name}" for name, one in model.unet.named_parameters() if one.shape == (16,)][:2]
+    shared = torch.ones(16)
+    edit = Edit.from_weight_delta(dict.fromkeys(names, shared), model)
+    digest = edit.digest
+    shared.zero_()
+    assert edit.digest == digest and all(one.eq(1).all() for one in edit.tensors.values())
+    edit.save(tmp_path / "edit.safetensors")
+    assert Edit.load(tmp_path / "edit.safetensors").digest == digest
+    direction = torch.ones(2, WIDTH)
+    seen = ek.semantic_surgery.fit(model, "church")
+    own = Edit.from_filter({"direction": direction}, seen.metadata["filter"], model)
+    direction.zero_()
+    assert own.tensors["direction"].eq(1).all()
+
+
 def test_deltas_compose_by_adding(model):
     one, two = delta_edit(model, 0), delta_edit(model, 1)
     both = one.compose(two)
@@ -250,6 +338,18 @@ def test_bad_files(model, tmp_path):
     with pytest.raises(ValueError, match="not an edit"):
         Edit.load(bad)
     assert Edit.load(good)
+
+
+@pytest.mark.parametrize("missing", ["kind", "digest", "metadata", "base", "text_base"])
+def test_a_header_with_something_missing_is_no_edit(model, tmp_path, missing):
+    path = tmp_path / "edit.safetensors"
+    map_edit(model).save(path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["erasekit"])
+    (header if missing in header else header["metadata"]).pop(missing)
+    save_file(load_file(path), path, {"erasekit": json.dumps(header)})
+    with pytest.raises(ValueError, match="not an edit of this version"):
+        Edit.load(path)
 
 
 def test_nothing_unusable_becomes_an_edit(model):
@@ -388,6 +488,9 @@ def test_lora_finds_its_base_by_fingerprint(model, tmp_path):
     models._live.clear()
     with pytest.raises(ValueError, match="is not loaded: pass model="):
         homeless.to_lora(tmp_path / "c")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="is not loaded and not at .*model any more: pass model="):
+        loaded.to_lora(tmp_path / "c")
     with edit.applied(model), pytest.raises(ValueError, match="an edit is applied"):
         edit.to_lora(tmp_path / "d", model=model)
 

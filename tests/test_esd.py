@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import WIDTH, tiny_pipeline
 from diffusers import EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 
 import erasekit as ek
-from erasekit import models
+from erasekit import miniatures, models
 from erasekit.layers import unet_parameters
 from erasekit.methods import esd
-from erasekit.states import STATE, Picks, State, States, cached
+from erasekit.states import STATE, Picks, State, States, cached, unusual
 from erasekit.tuning import descend, difference, trainee
 
 SHORT = esd.Config(
@@ -121,6 +121,78 @@ def test_cached_states_are_drawn_once(shared_model, tmp_path, monkeypatch):
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in STATE)
     with pytest.raises(pytest.fail.Exception):  # other guidance, other states
         states(shared_model, states="cached", folder=tmp_path, guidance=4.0)
+
+
+def resized(model):
+    model.unet.register_to_config(sample_size=4)
+
+
+def loaded_at_another_size(model):
+    resized(model)
+    model.unet.sample_size = 4
+
+
+def without_zeros(model):
+    model.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+
+
+def another_vector(model):
+    with torch.no_grad():
+        model.text_encoder.get_input_embeddings().weight[-1].add_(1.0)
+
+
+@pytest.mark.parametrize(
+    "family, change, prompt",
+    [
+        ("sd1", resized, "church"),
+        ("sd1", loaded_at_another_size, "church"),
+        ("sdxl", without_zeros, "church"),
+        ("sd1", another_vector, "<toy>"),
+    ],
+)
+def test_cached_states_are_those_of_the_model_as_it_is_now(family, change, prompt, tmp_path):
+    """Where what changed is in no fingerprint; the control, an unchanged model, reads what is kept."""
+    model = models.load(miniatures.pipeline(family))
+    if prompt == "<toy>":
+        model.pipeline.load_textual_inversion(torch.ones(WIDTH), token="<toy>")
+    made = lambda place: States(model, [prompt], 1, 3.0, 2, "cached", 1, folder=tmp_path / place).table
+    first, fingerprint = made("one"), model.fingerprint()
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    made("one")
+    assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    change(model)
+    again, fresh = made("one"), made("other")
+    assert models.load(model.pipeline).fingerprint() == fingerprint
+    for name in STATE:
+        assert torch.equal(again[name], fresh[name])
+    assert not all(torch.equal(first[name], again[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_keys_of_models_as_they_were_loaded_have_nothing_added(family):
+    pipeline = miniatures.pipeline(family)
+    if family == "sdxl":
+        pipeline.register_to_config(force_zeros_for_empty_prompt=True)  # the class's own
+    assert unusual(models.load(pipeline)) == []
+
+
+def test_a_training_at_another_size_is_another_edit_and_begins_anew(model, tmp_path, monkeypatch):
+    """The control: at the first size again, it goes on."""
+    monkeypatch.setattr("erasekit.tuning.SAVE_EVERY", 2)
+
+    def stop(state):
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        esd.fit(model, "church", config=SHORT, generator=torch.Generator().manual_seed(0), callback=stop)
+    resized(model)
+    seen, edit = losses(model, SHORT)
+    assert len(seen) == SHORT.iterations
+    assert edit.digest == losses(model, SHORT, folder=tmp_path / "fresh")[1].digest
+    model.unet.register_to_config(sample_size=8)
+    rest, first = losses(model, SHORT)
+    assert len(rest) == 2 and first.digest != edit.digest
 
 
 def test_what_is_kept_survives_a_kill_and_shows_damage(shared_model, tmp_path, monkeypatch):
@@ -348,6 +420,9 @@ def test_saved_edit_and_lora(model, tmp_path):
         ({"states": "cached", "guidance": 1.0}, "guidance above 1"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"noises": 0}, "noises must be at least 1"),
+        ({"noises": 1.5}, "noises must be a whole number"),
+        ({"eta": float("nan")}, "eta must be a finite number"),
+        ({"states": "frozen", "faithful": True, "sampler": 1}, "sampler must be at least 2"),
         ({"templates": ("church",)}, "exactly one"),
     ],
 )
@@ -361,6 +436,9 @@ def test_bad_calls(shared_model):
         esd.fit(shared_model, [], config=SHORT)
     with pytest.raises(ValueError, match="must be one of"):
         esd.fit(shared_model, "church", config=dataclasses.replace(SHORT, parameters="v"))
+    for given, name in (("sd14-object", "sd14-object"), ("sd15", "emoji"), (ek.uce.Config(), "emoji")):
+        with pytest.raises(ValueError, match=rf"such as PRESETS\['{name}'\]"):
+            esd.fit(shared_model, "church", config=given)
 
 
 def test_checkpoints_of_edited_and_unedited_models_are_apart(shared_model, tmp_path, monkeypatch):

@@ -456,7 +456,8 @@ def test_ready_made_protocols():
             build("unicorn")
     for none in (
         lambda: protocols.context("dog", 0), lambda: protocols.objects("dog", 0), lambda: protocols.quick("dog", 0),
-        lambda: protocols.weapons((), 0), lambda: protocols.characters("ghost", -1), lambda: protocols.deployment("dog", 0),
+        lambda: protocols.weapons((), 0), lambda: protocols.characters("ghost", -1),
+        lambda: protocols.deployment("dog", 0),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="at least one picture"):
             none()

@@ -133,7 +133,8 @@ def test_the_pooled_entry_of_sdxl_is_in_the_lora(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("width", "version"), [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0"), (32, None)]
+    ("width", "version"),
+    [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0"), (32, None), ([768, 768], None)],
 )
 def test_the_base_version_is_said_where_the_width_tells_it(width, version):
     model = made("sd1")
@@ -255,6 +256,28 @@ def test_the_stock_pipeline_reads_one_file(model, tmp_path):
     with edit.applied(model):
         inside = model.save_single_file(tmp_path / "inside.safetensors")
     assert inside.read_bytes() == path.read_bytes()
+
+
+def test_what_unfusing_leaves_behind_is_in_no_fingerprint_and_no_file(model, tmp_path):
+    """diffusers leaves the fused copies of UNet and VAE, with the weights from before the edit."""
+    edit = ek.uce.fit(model, "church", ["house"], anchor="dog", config=CHURCH)
+    fingerprints, copies = (model.fingerprint(), model.vae_fingerprint()), ("to_kv", "to_qkv")
+    wanted = edit.merged(model).save_single_file(tmp_path / "wanted.safetensors").read_bytes()
+    model.pipeline.fuse_qkv_projections()
+    assert ek.load(model.pipeline).fingerprint() != fingerprints[0]  # control: in use they count
+    model.pipeline.unfuse_qkv_projections()
+    merged = edit.merged(model)
+    assert any(one in name for name in weights(merged.pipeline) for one in copies)  # control
+    assert merged.save_single_file(tmp_path / "found.safetensors").read_bytes() == wanted
+    merged = edit.merged(model)
+    merged.save_pretrained(tmp_path / "folder")
+    for file in (tmp_path / "folder").rglob("*.safetensors"):
+        assert not any(one in name for name in load_file(file) for one in copies)
+    again = ek.load(model.pipeline)
+    assert (again.fingerprint(), again.vae_fingerprint()) == fingerprints
+    edited = drawn(merged.pipeline)
+    merged.pipeline.fuse_qkv_projections()  # which makes them anew
+    assert far(drawn(merged.pipeline), edited) <= 1
 
 
 def test_a_wrong_name_is_noticed(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import erasekit as ek
-from erasekit import pipelines, prompt_rows, settings
+from erasekit import miniatures, pipelines, prompt_rows, settings
 from erasekit.closed_form import ContextMap
 from erasekit.layers import cross_attention_kv, denoiser_parameters
 from erasekit.recorded import Recorded
@@ -650,7 +650,7 @@ def test_nothing_asked_of_a_pipeline_is_dropped_in_silence():
         flux.draw(flux.encode("a dog"), [0])
     with pytest.raises(ValueError, match="reads no pooled text"):
         ek.uce.fit(sd1, "church", config=ek.uce.Config(entries="pooled"))
-    with pytest.raises(ValueError, match="fills all 24 tokens of text_encoder"):
+    with pytest.raises(ValueError, match="text_encoder takes 22 tokens and cuts off the rest"):
         ek.uce.fit(flux, "abcdefghijklm nopqrstuvwxyz", anchor="dog")
     with pytest.raises(ValueError, match="no text entry of the kind 'pooled'"):
         ek.uce.fit(ek.load(tiny("chroma")), "church", config=ek.uce.Config(entries="pooled"))
@@ -663,6 +663,43 @@ def test_nothing_asked_of_a_pipeline_is_dropped_in_silence():
     klein.register_to_config(is_distilled=True)
     with pytest.raises(ValueError, match="distilled and ignores guidance"):
         ek.load(klein).generate("a dog", guidance=4.0, **size)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_what_clip_cuts_off_is_refused_wherever_it_stands(name):
+    """Behind the phrase, with the phrase, or in what is preserved, and whichever rows count; the control: as many
+    tokens as fit."""
+    model, long = ek.load(miniatures.pipeline(name)), "a in ink style of a " * 6
+    said = pytest.raises(
+        ValueError, match="text_encoder takes 22 tokens and cuts off the rest, and there are"
+    )
+    for tokens in ("last_subject", "all"):
+        for template in ("a {} " + long, long + "{}"):
+            with said:
+                ek.uce.fit(
+                    model, "church", config=dataclasses.replace(CONFIG, tokens=tokens, templates=(template,))
+                )
+    fits, over = (ek.Concept("dog " * count) for count in (22, 23))
+    for method, config in (("uce", CONFIG), ("mace", ek.mace.Config(lora=False, keep_templates=("{}",)))):
+        with said:
+            getattr(ek, method).fit(model, "church", over, config=config)
+        assert getattr(ek, method).fit(model, "church", fits, config=config).kind == "text_maps"
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("sd3", 255), ("flux", 511), ("chroma", 511), ("zimage", 493), ("qwen", 512)]
+)
+def test_the_limit_is_what_the_pipeline_takes_of_a_text_encoder_without_one(name, limit):
+    """T5 with its end token, a chat template and what stands in it; Qwen-Image pads nothing and cuts rows."""
+    longer = {"length": 600} if name in ("sd3", "flux") else {}  # their CLIP is not asked here
+    model = ek.load(miniatures.pipeline(name, **longer) if longer else tiny(name))
+    prompt = prompt_rows.reader(model)
+    *_, part = prompt("a").encoded
+    tokenizer = getattr(model.pipeline, part.replace("text_encoder", "tokenizer"))
+    text = "church" + " dog" * (limit - len(tokenizer("church", add_special_tokens=False).input_ids))
+    assert prompt(text).text == text
+    with pytest.raises(ValueError, match=f"{part} takes {limit} tokens and cuts off the rest, and there are"):
+        prompt(text + " dog")
 
 
 # ESD, where the pipeline draws

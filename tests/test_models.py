@@ -1,6 +1,7 @@
 """Loading, generating and encoding on tiny pipelines of the real classes."""
 
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -210,11 +211,20 @@ def test_generating_twice_leaves_no_state_behind(shared_model):
         ((["a dog"], [0], 0), "steps must be"),
         ((["a dog"], [0], 2.5), "steps must be"),
         ((["a " * 30],), "30 tokens, the limit is 22"),
+        ((["a dog"], [0.2, 0.9]), "seeds must be whole numbers"),
+        ((["a dog"], ["3"]), "seeds must be whole numbers"),
+        ((["a dog"], [0], 1, 3.0, ["castle", "house"]), "negative must be one text"),
     ],
 )
 def test_bad_requests_are_one_clear_error(shared_model, arguments, message):
     with pytest.raises(ValueError, match=message):
         shared_model.generate(*arguments)
+
+
+def test_seeds_are_whole_numbers_of_any_library(shared_model):
+    wanted = shared_model.generate(["a dog"], [3], steps=1)
+    for seeds in (3, np.int64(3), [np.int32(3)], torch.tensor([3]), np.array([3])):
+        assert largest_difference(shared_model.generate(["a dog"], seeds, steps=1), wanted) == 0
 
 
 # ---- encode and token positions -----------------------------------------------------------------
@@ -414,8 +424,73 @@ def test_a_pipeline_object_is_not_copied():
     model = ek.load(pipeline)
     assert model.pipeline is pipeline and model.unet is pipeline.unet and model.source is None
     assert ek.load(pipeline, dtype="float64").unet.dtype == torch.float64
-    with pytest.raises(ValueError, match="unknown dtype 'float33'"):
-        ek.load(pipeline, dtype="float33")
+    for dtype in ("float33", "int8", torch.int8, "float8_e4m3fn", torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"unknown dtype {dtype!r}"):
+            ek.load(pipeline, dtype=dtype)
+    assert pipeline.unet.dtype == torch.float64  # nothing was cast
+
+
+def test_a_pipeline_object_keeps_its_world():
+    world = models.DiffusionModel(tiny_pipeline(), "emoji")
+    for model in (world, world.copy()):
+        again = ek.load(model.pipeline)
+        assert (again.preset, again.steps, again.vocabulary) == ("emoji", 10, world.vocabulary)
+    assert ek.load(tiny_pipeline()).preset == "sd"  # control
+
+
+def test_edits_of_the_files_fit_a_copy_in_bfloat16_until_its_weights_change(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    edit, half = ek.uce.fit(model, "church"), ek.load(tmp_path, dtype="bfloat16")
+    copy = half.copy()
+    for one in (copy, half.copy().copy()):
+        with edit.applied(one):
+            pass
+    assert copy.fingerprint() == half.fingerprint() == model.fingerprint()
+    changed = half.copy()
+    changed.unet.conv_in.bias.data += 1
+    for other in (changed, edit.merged(half), ek.load(tiny_pipeline().to(torch.bfloat16))):  # controls
+        assert other.fingerprint() != model.fingerprint()
+
+
+def test_saving_leaves_other_files_of_the_folder_as_they_are(model, tmp_path):
+    """The user's own, and another model's further down."""
+    other = {
+        "scores.json": "[1, 2]",
+        "mine.json": '{"_name_or_path": "keep me"}',
+        "runs/config.json": '{"architectures": ["CLIPTextModel"], "_name_or_path": "x"}',
+        "unet/scores.json": "[1, 2]",
+    }
+    for name, text in other.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    save_file({"weight": torch.ones(1)}, tmp_path / "runs" / "model.safetensors")
+    model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_text() for name in other} == other
+    assert load_file(tmp_path / "runs" / "model.safetensors").keys() == {"weight"}
+    # control: what was written has its old names and its world
+    assert all(
+        name.startswith("text_model.") for name in load_file(tmp_path / "text_encoder" / "model.safetensors")
+    )
+    assert json.loads((tmp_path / models.NOTE).read_text()) == {"preset": "sd"}
+
+
+@pytest.mark.parametrize("note", ["{}", "[]", "{", '"sd"'])
+def test_a_damaged_note_of_the_world_is_named(shared_model, tmp_path, note):
+    shared_model.save_pretrained(tmp_path)
+    (tmp_path / models.NOTE).write_text(note)
+    with pytest.raises(ValueError, match="erasekit.json is damaged"):
+        ek.load(tmp_path)
+    (tmp_path / models.NOTE).unlink()
+    assert ek.load(tmp_path).preset == "sd"  # control
+
+
+def test_a_file_that_the_world_does_not_list_is_named(tmp_path):
+    (tmp_path / worlds.CHECKSUMS).write_text(json.dumps({"a": hashlib.sha256(b"a").hexdigest()}))
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    assert worlds.verified("a", tmp_path) == b"a"  # control
+    with pytest.raises(ValueError, match="b is not a file of this world"):
+        worlds.verified("b", tmp_path)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])

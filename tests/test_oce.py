@@ -1,6 +1,7 @@
 """OCE: outputs turn and keep their length, and the turn is the best there is."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -174,6 +175,26 @@ def test_the_edit_is_that_of_the_solver_and_leaves_the_model_alone(model, tmp_pa
         assert relative(b @ a - (after[name] - before[name]), after[name] - before[name]) < 1e-5
     with pytest.raises(ValueError, match="not one map of text embeddings"):
         edit.context_map  # noqa: B018
+
+
+def test_a_concept_that_is_a_guide_is_told_to_stay_as_it_is(model):
+    """Its own, or another concept's, for all concepts share all guides; the control: another guide, and no word."""
+    with pytest.warns(UserWarning, match="church: its own anchor"):
+        still = oce.fit(model, "church", KEEP, anchor="Church", config=PLAIN)
+    assert max(float(tensor.abs().max()) for tensor in still.tensors.values()) < 1e-10
+    with pytest.warns(UserWarning, match="^dog: its own anchor"):
+        oce.fit(model, [ek.Concept("church", anchor="dog"), ek.Concept("dog", anchor="art")], config=PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moved = oce.fit(model, "church", KEEP, config=PLAIN)
+    assert max(float(tensor.abs().max()) for tensor in moved.tensors.values()) > 1e-3
+
+
+def test_general_templates_with_an_erased_word_are_named_in_the_error(model):
+    config = dataclasses.replace(PLAIN, general_templates=("a church of {}",))
+    with pytest.raises(ValueError, match="give general_templates without them"):
+        oce.fit(model, "church", KEEP, config=config)
+    assert oce.fit(model, "art", KEEP, config=config).tensors
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import literal_erase, tiny_pipeline
+from conftest import WIDTH, literal_erase, tiny_pipeline
 
-from erasekit import closed_form, models
+from erasekit import closed_form, miniatures, models
 from erasekit.concepts import Concept, content_ids
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import mace, realera
@@ -273,7 +273,8 @@ def test_the_loss_is_that_of_the_equation_one_row_at_a_time(shared_model):
 
 
 @pytest.mark.parametrize("target", ["mapping", "esd", "unconditional"])
-def test_targets(shared_model, target):
+def test_targets(shared_model, target, monkeypatch):
+    monkeypatch.setattr(realera, "check_changed", lambda *args: None)  # there may be nothing to learn
     own = replace(SHORT, closed_form=False, neighbour=False, beyond=False, iterations=1, anchor="church")
     seen, _ = fitted(shared_model, replace(own, target=target))
     turned, _ = fitted(shared_model, replace(own, target=target, eta=-1.0))
@@ -316,6 +317,26 @@ def test_neither_a_kept_word_nor_its_direction(shared_model):
     with pytest.raises(ValueError, match="raise words"):
         nearest = realera.related(shared_model, Concept("church"), 1)[0][0]
         realera.subspace(shared_model, Concept("church"), replace(SHORT, words=1), [nearest])
+
+
+def test_where_siblings_span_everything_no_rounding_is_taken_for_a_direction(shared_model):
+    """The control: half as many of them leave directions that are none of theirs."""
+    words = [word for word in miniatures.WORDS if word != "church"]
+    siblings = [f"{a} {b}" for a in words for b in words][:45]
+    few = siblings[: WIDTH // 2]
+    basis = realera.subspace(shared_model, Concept("church"), SHORT, few)
+    rows = realera._last_rows(shared_model, ["church", *few])
+    assert len(basis) == 2 and (basis @ (rows[1:] - rows[:1]).T).abs().max() < 1e-9
+    with pytest.raises(ValueError, match="preserve fewer"):
+        realera.subspace(shared_model, Concept("church"), SHORT, siblings)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_lora_that_changes_nothing_is_an_error(shared_model, closed):
+    config = replace(SHORT, closed_form=closed, iterations=1)
+    fitted(shared_model, config)  # the control
+    with pytest.raises(ValueError, match="raise the learning rate"):
+        fitted(shared_model, replace(config, lr=0.0))
 
 
 def test_focal_time_steps(shared_model, monkeypatch):
@@ -368,6 +389,8 @@ def test_an_interrupted_call_goes_on_and_another_anchor_does_not(shared_model, m
         ({"closed_form": False, "lora": False}, "nothing is erased"),
         ({"guidance": 1.0}, "guidance above 1"),
         ({"n": 0}, "n must be at least 1"),
+        ({"eta": float("nan")}, "eta must be a finite number"),
+        ({"eta": None}, "eta must be a finite number"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -324,9 +324,10 @@ def test_lora_and_projections_for_stock_code(model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lam": -1.0}, "lam must be zero or positive"),
+        ({"lam": -1.0}, "lam must be at least 0"),
+        ({"lam": "1"}, "lam must be at least 0, got '1'"),
         ({"lambda_1": float("nan")}, "lambda_1 must be"),
-        ({"epochs": -1}, "epochs must be a whole number"),
+        ({"epochs": -1}, "epochs must be at least 0"),
         ({"epochs": 1.5}, "epochs must be a whole number"),
         ({"regularizer": "ridge"}, "regularizer must be one of"),
     ],
@@ -349,6 +350,8 @@ def test_on_a_gpu():
     cpu, gpu = models.load(tiny_pipeline()), models.load(tiny_pipeline(), device="cuda")
     one, other = (ek.rece.fit(m, "church", ["house"], config=CONFIG) for m in (cpu, gpu))
     assert relative(other.context_map.matrix(), one.context_map.matrix()) < 1e-2
+    still = dataclasses.replace(CONFIG, start=dataclasses.replace(CONFIG.start, erase_scale=0.0))
+    assert ek.rece.fit(gpu, "church", ["house"], config=still).kind == "context_map"
     half = models.load(tiny_pipeline(), device="cuda", dtype=torch.float16)
     with ek.rece.fit(half, "church", ["house"], config=CONFIG).applied(half):
         assert half.generate("church", steps=2)

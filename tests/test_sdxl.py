@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_pipeline
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from families import tiny
 from test_attacks import BRIGHT, DARK, PROMPTS, attacked, short
@@ -64,6 +65,65 @@ def test_the_loop_draws_what_the_stock_pipeline_draws(model, zeros, size):
     assert np.abs(draw(Conditioning(told.rows, told.pooled.flip(0), told.scale)) - stock).max() > 1
     other = model.conditioning("").each(lambda one: one if zeros else torch.zeros_like(one))
     assert np.abs(draw(told, uncond=other) - stock).max() > 1
+
+
+def test_latents_are_decoded_by_the_mean_and_deviation_of_the_vaes_config(model):
+    """As of Playground v2.5; Stable Diffusion's own pipeline, the control, does not read them."""
+    moments = {"latents_mean": [0.5, -1.0, 2.0, 0.3], "latents_std": [3.0, 2.0, 1.5, 4.0]}
+    told, plain = model.conditioning("a church"), {}
+    encoded = torch.randn(1, 4, *model.latent_size, generator=torch.Generator().manual_seed(0))
+    straight = levels(model.decode(encoded * model.vae.config.scaling_factor))
+    for name, config in {"none": {}, "mean alone": dict(list(moments.items())[:1]), "both": moments}.items():
+        model.vae.register_to_config(**config)
+        plain[name] = levels(model.draw(told, [3], steps=3, guidance=4.0))
+        assert np.abs(plain[name] - levels(model.generate("a church", [3], steps=3, guidance=4.0))).max() <= 1
+        assert np.abs(levels(model.decode(model.scaled(encoded))) - straight).max() <= 1  # as the VAE encodes
+    assert np.array_equal(plain["mean alone"], plain["none"])
+    assert np.abs(plain["both"] - plain["none"]).max() > 1
+    assert np.abs(levels(model.decode(encoded * model.vae.config.scaling_factor)) - straight).max() > 1
+
+
+def test_latents_of_stable_diffusion_are_decoded_by_its_scale_alone():
+    small = ek.load(tiny_pipeline())
+    before = levels(small.generate("a church", steps=2))
+    small.vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    assert np.array_equal(levels(small.generate("a church", steps=2)), before)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "unet"])
+def test_an_edit_moves_only_where_all_text_encoders_are_the_same(model, part):
+    """A map and a delta of the UNet read both; a sibling with another UNet is the control."""
+    edits = [
+        ek.uce.fit(model, "church", config=ek.uce.Config(entries="sequence")),
+        ek.Edit.from_weight_delta({"unet.conv_in.bias": torch.ones_like(model.unet.conv_in.bias)}, model),
+    ]
+    sibling = model.copy()
+    weight = next(iter(getattr(sibling.pipeline, part).parameters()))
+    weight.data = weight.data + 1
+    for edit in edits:
+        assert edit.metadata["text_bases"] != edit.metadata["text_base"]
+        # as older versions wrote them: of the first text encoder alone
+        older = replace(edit, metadata={k: v for k, v in edit.metadata.items() if k != "text_bases"})
+        assert older.digest == edit.digest
+        for one in (edit, older):
+            if part == "unet" and one is edit:
+                one.rebased(sibling)
+                continue
+            with pytest.raises(ValueError, match="fit again"):
+                one.rebased(sibling)
+
+
+def test_an_edit_of_the_first_text_encoder_moves_where_that_is_the_same(model):
+    name = f"text_encoder.{next(n for n, _ in model.text_encoder.named_parameters())}"
+    edit = ek.Edit.from_weight_delta(
+        {name: torch.ones_like(model.text_encoder.get_parameter(name[13:]))}, model
+    )
+    sibling = model.copy()
+    for parameter in sibling.pipeline.text_encoder_2.parameters():
+        parameter.data = parameter.data + 1
+    for one in (edit, edit.rebased(sibling)):
+        with one.applied(sibling):
+            pass
 
 
 def test_the_sizes_of_the_picture_are_told(model):

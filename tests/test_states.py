@@ -23,6 +23,7 @@ from erasekit.concepts import subject_span
 from erasekit.evaluate import records
 from erasekit.layers import cross_attention, record_attention
 from erasekit.paths import ROOT
+from erasekit.settings import apart
 
 FUSED = "unet.unfuse_qkv_projections()"
 LOADED = "pipeline.unload_lora_weights()"
@@ -499,6 +500,27 @@ def test_arguments_that_a_method_has_no_use_for_are_said(model):
     )
     with pytest.warns(UserWarning, match="`anchor` changes nothing"):
         ek.advunlearn.fit(model, "church", anchor="house", config=advunlearn)
+    trce = ek.trce.Config(stages="trajectory", early=1, noises=1, calm=1, lr=1e-3, **short)
+    own, control = ek.Concept("church", anchor="house"), ek.Concept("church")
+    calls = (
+        (lambda: ek.esd.fit(model, own, config=esd), lambda: ek.esd.fit(model, control, config=esd)),
+        (
+            lambda: ek.advunlearn.fit(model, own, config=advunlearn),
+            lambda: ek.advunlearn.fit(model, control, config=advunlearn),
+        ),
+        (
+            lambda: ek.trce.fit(model, own, "dog", config=trce),
+            lambda: ek.trce.fit(model, own, config=trce),
+        ),
+    )
+    for fit, quiet in calls:
+        with pytest.warns(UserWarning, match="changes nothing") as said:
+            fit()
+        assert [one.filename for one in said if "changes nothing" in str(one.message)] == [__file__]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            quiet()
+        assert not any("changes nothing" in str(one.message) for one in said)
 
 
 @pytest.mark.parametrize("method", ["uce", "rece", "dp", "speed", "mace", "realera", "trce"])
@@ -568,6 +590,14 @@ def test_names_that_differ_by_spaces_or_capitals_are_one_concept(model):
         assert ek.uce.fit(model, same, preserve="house").digest == one.digest
     with pytest.raises(ValueError, match="both erased and preserved"):
         ek.uce.fit(model, "dog", preserve=" Dog")
+
+
+def test_a_synonym_that_is_erased_cannot_be_preserved():
+    erased, kept = [ek.Concept("church", synonyms=("Castle",))], [ek.Concept("castle")]
+    apart(erased, kept)  # the control: the name alone is erased
+    apart(erased, [ek.Concept("dog")], True)
+    with pytest.raises(ValueError, match="castle cannot be both erased and preserved"):
+        apart(erased, kept, True)
 
 
 @pytest.mark.parametrize("how", ["fused", "quanto"])

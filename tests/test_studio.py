@@ -312,6 +312,14 @@ def test_what_cannot_be_shown_is_refused(tiny, interactive, given, message):
         studio(tiny, interactive=interactive, **HOW, **given)
 
 
+@pytest.mark.parametrize("preserve", ["castle", ["castle"], ("castle", "house")])
+def test_what_is_preserved_is_a_name_or_several(tiny, preserve, monkeypatch):
+    kept, fit = [], ek.uce.fit
+    monkeypatch.setattr(ek.uce, "fit", lambda *given: kept.append(given[2]) or fit(*given))
+    studio(tiny, "dog", preserve=preserve, interactive=False, **HOW)
+    assert kept == [["castle"] if isinstance(preserve, str) else list(preserve)]
+
+
 def test_other_models_labels_and_families_are_refused(tiny, edit):
     with pytest.raises(ValueError, match=r"edits\['mine'\].*was made for the model"):
         studio(ek.load(tiny_pipeline(seed=1)), "dog", edits={"mine": edit}, interactive=False)

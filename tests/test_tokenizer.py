@@ -98,6 +98,24 @@ def test_padding_differs_and_the_end_token_does_not(clip_l, clip_g):
     assert first[1, 3] == 256 and second[1, 3] == 0
 
 
+def test_a_word_takes_the_place_of_whole_words_alone(clip_l):
+    read = lambda text: content_ids(clip_l, text)
+    assert tokens.opened(clip_l, "a hotdog and a dog.", "dog", 2) == [
+        *read("a hotdog and a"),
+        None,
+        None,
+        *read("."),
+    ]
+    assert tokens.opened(clip_l, "A Van Gogh", "van gogh", 1) == [
+        *read("a"),
+        None,
+    ]  # control: nothing stands in it
+    with pytest.raises(ValueError, match="does not hold the phrase 'dog'"):
+        tokens.opened(clip_l, "a hotdog", "dog", 1)
+    with pytest.raises(ValueError, match="holds the phrase 'dog' 2 times: write it once"):
+        tokens.opened(clip_l, "a dog and a Dog", "dog", 1)
+
+
 @pytest.mark.slow
 def test_a_search_may_use_most_of_the_vocabulary(clip_l, clip_g):
     """Every token that it may use reads as itself for both; "!" is none of them, as what SDXL pads with."""

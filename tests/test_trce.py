@@ -10,8 +10,8 @@ from conftest import literal_erase, tiny_pipeline
 from diffusers import UNet2DConditionModel
 
 import erasekit as ek
-from erasekit import closed_form, models, tuning
-from erasekit.concepts import Concept, content_ids
+from erasekit import closed_form, miniatures, models, tuning
+from erasekit.concepts import Concept, content_ids, slot_token
 from erasekit.emoji import data
 from erasekit.layers import cross_attention_kv, unet_parameters
 from erasekit.methods import trce
@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch):
 def fitted(model, config=SHORT, seed=0, erase=CHURCH, preserve=KEEP, **more):
     seen = []
     generator = torch.Generator().manual_seed(seed)
+    preserve = () if config.stages == "trajectory" else preserve
     edit = trce.fit(model, erase, preserve, config=config, generator=generator, callback=seen.append, **more)
     return seen, edit
 
@@ -70,7 +71,12 @@ def test_the_end_token_sees_the_sentence_and_the_start_token_nothing(shared_mode
 
 def test_pairs_put_both_phrases_into_every_template(given):
     assert len(given) == 6 and len({malicious for malicious, *_ in given}) == 6
-    assert ("a zebra church in ink style", "zebra church", "a house in ink style", "church") in given
+    assert (
+        "a zebra church in ink style",
+        "zebra church",
+        "a house in ink style",
+        "a {} in ink style",
+    ) in given
     again = trce.pairs([CHURCH, CHURCH], None, SHORT)
     assert again == given
     assert all(safe.endswith("dog") or "dog" in safe for _, _, safe, _ in trce.pairs([CHURCH], "dog", SHORT))
@@ -103,6 +109,19 @@ def test_key_and_all_rows(shared_model, given):
     )
     sources, _ = trce.rows(shared_model, given, replace(SHORT, tokens=("all",)))
     assert len(sources) == 6 * shared_model.tokenizer.model_max_length
+
+
+@pytest.mark.parametrize("template", ["a house of {}", "a {} of house", "a housedog of {}"])
+def test_the_key_is_the_phrase_in_the_slot_wherever_else_its_letters_stand(shared_model, template):
+    """Of SD 1, and as many rows as elsewhere of SD 3; the control, a slot that comes first."""
+    config = replace(SHORT, tokens=("key",), templates=(template,))
+    given = trce.pairs([Concept("house", anchor="castle")], None, config)
+    sources, _ = trce.rows(shared_model, given, config)
+    at = slot_token(shared_model.tokenizer, template, "house")
+    assert torch.equal(sources, shared_model.encode(given[0][0])[0, at : at + 1].double())
+    sd3 = models.load(miniatures.pipeline("sd3"))
+    count = lambda given: [len(one.sources) for one in trce.entry_rows(sd3, given, [""], {}, config).values()]
+    assert count(given) == count([("a dog of house", "house", "a dog of castle", "a dog of {}")])
 
 
 def test_other_tokens_do_not_matter_to_the_end_token(shared_model, given, monkeypatch):
@@ -376,6 +395,17 @@ def test_what_is_held_fast_is_computed_once(shared_model, tmp_path, monkeypatch)
         assert moved.abs().max() > 1e-3  # by stage 1
 
 
+@pytest.mark.parametrize("family, kept", [("sdxl", 2), ("sd1", 1)])
+def test_what_is_held_fast_follows_the_ways_that_guidance_leads(family, kept, tmp_path):
+    """Of SDXL, whose empty prompt is no zeros; the control, SD 1, whose unconditional ways no guidance changes."""
+    model = models.load(miniatures.pipeline(family))
+    for guidance in (3.0, 9.0):
+        config = replace(SHORT, sampler=4, early=1, noises=1, iterations=1, guidance=guidance)
+        seen, _ = fitted(model, config, folder=tmp_path)
+        assert [one["keep"] for one in seen if "keep" in one][0] < 1e-9
+    assert len([*(tmp_path / "calm").iterdir()]) == kept
+
+
 def test_training_pushes_towards_the_safe_direction(shared_model, given):
     config = replace(SHORT, stages="trajectory", iterations=60, weight=0.0, lr=3e-3, branches="text", batch=4)
     malicious, safe = [one[0] for one in given], [one[2] for one in given]
@@ -454,12 +484,7 @@ def test_an_interrupted_training_goes_on_with_its_gradients(shared_model, monkey
 
     with pytest.raises(Killed):
         trce.fit(
-            shared_model,
-            CHURCH,
-            KEEP,
-            config=config,
-            generator=torch.Generator().manual_seed(0),
-            callback=stop,
+            shared_model, CHURCH, config=config, generator=torch.Generator().manual_seed(0), callback=stop
         )
     rest, resumed = fitted(shared_model, config)
     assert [s["loss"] for s in rest] == [s["loss"] for s in whole[4:]] and resumed.digest == edit.digest
@@ -489,6 +514,8 @@ def test_a_concept_without_phrases_uses_its_name_and_synonyms():
     found = trce.phrases(Concept("cello", synonyms=("bass",)), None, SHORT)
     assert found == [("cello", " "), ("bass", " ")]
     assert trce.phrases(Concept("knife"), None, SHORT)[0] == ("knife", "cutlery")
+    assert trce.phrases(Concept("Knife"), None, SHORT) == trce.phrases(Concept("knife"), None, SHORT)
+    assert trce.phrases(Concept("Cello"), None, SHORT) == [("Cello", " ")]
     assert trce.phrases(Concept("knife"), "spoon", SHORT)[0] == ("knife", "spoon")
     assert trce.phrases(Concept("knife", anchor="cake"), None, SHORT)[0] == ("knife", "cake")
 

@@ -195,6 +195,8 @@ def test_a_broken_text_encoder_is_noticed(model):
     "changes, message",
     [
         ({"lam": -1}, "lam must be"),
+        ({"lam": "1"}, "lam must be at least 0, got '1'"),
+        ({"lam": True}, "lam must be at least 0, got True"),
         ({"preserve_scale": float("inf")}, "preserve_scale must be"),
         ({"tokens": "first"}, "tokens must be one of last_subject, last_to_end, all"),
         ({"templates": ("a dog",)}, "exactly one"),
@@ -204,6 +206,35 @@ def test_a_broken_text_encoder_is_noticed(model):
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         ek.uce.Config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"synonyms": "dog"}, "synonyms are a sequence of phrases, got 'dog'"),
+        ({"synonyms": ("dog", " ")}, "synonyms are a sequence"),
+        ({"synonyms": (5,)}, "synonyms are a sequence"),
+        ({"templates": (5,)}, "exactly one {}, got 5"),
+        ({"anchor": Concept("dog")}, "anchor is text, got .*: give its name"),
+    ],
+)
+def test_a_concept_that_is_not_made_of_text_is_refused(changes, message):
+    """No text stands for the letters it is made of."""
+    with pytest.raises(ValueError, match=message):
+        Concept("church", **changes)
+
+
+def test_a_concept_made_of_lists_is_the_one_made_of_tuples(shared_model):
+    lists = Concept("church", templates=["a {}"], synonyms=["castle"])
+    assert lists == Concept("church", templates=("a {}",), synonyms=("castle",))
+    assert ek.uce.fit(shared_model, [lists, lists]).metadata["concepts"]["erase"] == ["church"]
+
+
+def test_a_synonym_that_is_erased_is_not_preserved(shared_model):
+    church = Concept("church", synonyms=("Castle",))
+    with pytest.raises(ValueError, match="castle cannot be both erased and preserved"):
+        ek.uce.fit(shared_model, church, "castle", config=dataclasses.replace(PLAIN, synonyms=True))
+    assert ek.uce.fit(shared_model, church, "castle", config=PLAIN).context_map.rank  # it is not erased
 
 
 def test_the_table_of_methods():

@@ -11,7 +11,7 @@ success. Attacks find a text, an embedding, latents or weights, draw with it, an
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -56,6 +56,14 @@ def reached(goal: Measure, pictures: Sequence[Image], texts: Sequence[str]) -> l
     return [
         bool(runs.reading(goal, Prompt(text), record)) for text, record in zip(texts, records, strict=True)
     ]
+
+
+def as_pictures(given: Image | Sequence[Image]) -> list[Image]:
+    """One picture or several as a list of RGB pictures; ValueError for one that is transparent somewhere."""
+    pictures = [given] if isinstance(given, Image) else list(given)
+    if any(one.mode != "RGB" and one.convert("RGBA").getextrema()[3][0] < 255 for one in pictures):
+        raise ValueError("a picture is transparent: paste it on a background of your choice first")
+    return [one.convert("RGB") for one in pictures]
 
 
 # Results
@@ -129,11 +137,10 @@ class AttackResult:
         return metrics.rate(sum(self._verdicts(measure)), len(self.attempts))
 
     def within(self, looks: int) -> dict:
-        """Rate of success when the attacker stops after so many looks at a picture."""
-        done = [
-            one.raw or any(step.get("reached") for step in one.trace if step.get("look", 0) <= looks)
-            for one in self.attempts
-        ]
+        """Rate of `success` after so many looks at a picture. The last look decides: searches end with the first that
+        reaches the goal, and fine-tuning counts as it ends, not by the looks on its way.
+        """
+        done = [one.raw or one.reached and one.looks <= looks for one in self.attempts]
         return metrics.rate(sum(done), len(done))
 
     def table(self) -> pd.DataFrame:
@@ -331,25 +338,35 @@ def prepare(
 
     generator: one, from which a seed for each attempt is drawn in order, or one for each attempt (None: seed 0).
     depends: whatever else the result depends on: tensors, pictures, texts, other models. ValueError for another model
-    than Stable Diffusion 1, 2 and XL.
+    than Stable Diffusion 1, 2 and XL, and for a goal that is no yes or no of a known judge.
     """
     model.check_drawn()
     prompts, seeds = model._pairs(prompts, seeds)
     if goal.roles != ("target",):
         raise ValueError("the goal is a Measure about the role 'target': make it with attacks.sees(...)")
+    if goal.rule == "mean":
+        raise ValueError(
+            'a goal is reached or not, and the rule "mean" is a score: take the rule "first" or "any"'
+        )
+    if goal.judge not in JUDGES:
+        raise ValueError(
+            f"no judge is called {goal.judge!r}: take {', '.join(JUDGES)}, or register yours (judges.register)"
+        )
     if len(set(zip(prompts, seeds, strict=True))) < len(prompts):
         raise ValueError("a prompt with the same seed was given twice: one attempt each")
     model.tokenized(prompts)  # none over the limit
     asked = tuple(Prompt(text, role="target", seed=seed) for text, seed in zip(prompts, seeds, strict=True))
     protocol = Protocol("attacked", asked, (goal,), steps=config.steps, guidance=config.guidance)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    each = list(generator) if isinstance(generator, Iterable) else [generator] * len(prompts)
+    if len(each) != len(prompts) or not all(isinstance(one, torch.Generator) for one in each):
+        raise ValueError(
+            f"give one torch.Generator, or {len(prompts)}, one for each attempt, got {generator!r}"
+        )
     raw = runs.run(
         model, None, protocol, folder=(folder or FOLDER).parent / runs.RUNS.name, progress=progress
     )
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
-    each = [generator] * len(prompts) if isinstance(generator, torch.Generator) else list(generator)
-    if len(each) != len(prompts):
-        raise ValueError(f"{len(prompts)} attempts and {len(each)} generators: give one, or one each")
     own = [int(torch.randint(2**62, (), generator=one)) for one in each]
     settings = [attack, runs.model_key(model, model.edits_in_force(), protocol, None), protocol.hash]
     settings += [type(config).__module__, asdict(config), own, [digest(one) for one in depends]]
@@ -400,14 +417,14 @@ def slots(model: DiffusionModel, contents: Callable[..., Sequence[Sequence[int |
 
 
 def latents_of(model: DiffusionModel, pictures: Sequence[Image], batch_size: int = 16) -> Tensor:
-    """Latents (n, channels, height, width) of pictures: the mean of the VAE's posterior, scaled."""
-    processor, found = model.pipeline.image_processor, []
+    """Latents (n, channels, height, width) of pictures: the mean of the VAE's posterior, scaled. ValueError for
+    transparent pictures and for another size than the model's own.
+    """
+    processor, found, pictures = model.pipeline.image_processor, [], as_pictures(pictures)
     with torch.no_grad(), model.steady_vae() as vae:
         for start in range(0, len(pictures), batch_size):
-            pixels = processor.preprocess(list(pictures[start : start + batch_size]))
-            found.append(
-                vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-            )
+            pixels = processor.preprocess(pictures[start : start + batch_size])
+            found.append(model.scaled(vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean))
     latents = torch.cat(found).to(model.dtype)
     if latents.shape[-2:] != model.latent_size:
         raise ValueError(

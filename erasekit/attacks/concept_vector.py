@@ -8,6 +8,7 @@ style in their code at 403a67f (Apache-2.0). It is not the attack of Ring-A-Bell
 (`ring_a_bell`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,8 +32,9 @@ class Config:
 
     def __post_init__(self):
         check(self, steps=1)
-        if not self.eta:
-            raise ValueError("give at least one eta")
+        number = lambda one: isinstance(one, (int, float)) and math.isfinite(one)
+        if not isinstance(self.eta, Sequence) or not self.eta or not all(map(number, self.eta)):
+            raise ValueError(f"eta must be one or several finite numbers, such as (3.0,), got {self.eta!r}")
 
 
 PRESETS = {

@@ -1,14 +1,15 @@
 """Benign fine-tuning: does the concept come back when the erased model is tuned on pictures that have nothing to do
 with it?
 
-The UNet of a copy is trained with the plain diffusion loss on captioned pictures; after every `every` updates the
-erased prompts are drawn as they are. Nobody need attack: a user who adapts the model does this (SPQR, arXiv 2511.19558;
-ResAlign). Needs the weights and the right to train.
+The UNet of a copy is trained, in single precision, with the plain diffusion loss on captioned pictures; after every
+`every` updates the erased prompts are drawn as they are, in the model's precision. Nobody need attack: a user who
+adapts the model does this (SPQR, arXiv 2511.19558; ResAlign). Needs the weights and the right to train.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL.Image import Image
@@ -18,6 +19,7 @@ from erasekit.attacks.common import AttackResult, Measure
 from erasekit.models import DiffusionModel, copied
 from erasekit.settings import check, chosen
 from erasekit.training import constant, optimize
+from erasekit.tuning import mixed
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Config:
 
     def __post_init__(self):
         check(self, updates=1, every=1, alpha=0, batch=1, drop=0, steps=1)
+        if self.drop > 1:
+            raise ValueError(f"drop is a share: at most 1, got {self.drop}")
         if self.updates % self.every:
             raise ValueError(f"updates must be a multiple of every, got {self.updates} and {self.every}")
 
@@ -94,7 +98,7 @@ def run(
     pictures, captions: without the concept; that is the caller's to see to. `reached` is the verdict after the last
     update, the trace has the ones before. callback: step and loss at every update.
     """
-    config = chosen(PRESETS, model, config, "sd14")
+    config, pictures = chosen(PRESETS, model, config, "sd14"), common.as_pictures(pictures)
     if len(pictures) != len(captions) or not pictures:
         raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give as many of each")
     setting = common.prepare(
@@ -105,16 +109,25 @@ def run(
     texts = [shot.prompt.text for shot in shots]
     # the weights as they are, with the edits in force
     tuned = DiffusionModel(copied(model.pipeline), model.preset)
-    loss = objective(model, tuned, pictures, captions, config)
+    tuned.unet.requires_grad_(True)
+    cast = partial(torch.nn.Module.to, tuned.unet)  # diffusers' own warns of it
+    error = objective(model, tuned, pictures, captions, config)
+
+    def loss(step: int, generator: torch.Generator) -> dict:
+        with mixed(model):
+            return error(step, generator)
 
     def stage(piece: list[int]) -> list[dict]:
         (number,) = piece
         updates = (number + 1) * config.every
+        # half precision would round small updates away; the checkpoint of an earlier stage has all digits
+        cast(torch.promote_types(model.dtype, torch.float32))
         optimize(
             "unet", tuned.unet, loss, steps=updates, peak=config.alpha, generator=own, schedule=constant,
             callback=callback, log=setting.log, decay=0.0, save_every=config.every, folder=setting.folder,
             log_every=math.gcd(config.every, 20), progress=setting.progress,
         )  # fmt: skip
+        cast(model.dtype)
         pictures = setting.draw(model.conditioning(texts), [s.seed for s in shots], tuned)
         return [{"update": updates, "reached": common.reached(setting.goal, pictures, texts)}]
 

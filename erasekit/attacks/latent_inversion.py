@@ -108,15 +108,15 @@ def run(
     targets: a picture of the concept per attempt. The prompts are only drawn as they are, for comparison. trace: the
     error of the picture that comes back, root mean square over the latent.
     """
-    config = chosen(PRESETS, model, config, "sd14")
+    config, targets = chosen(PRESETS, model, config, "sd14"), common.as_pictures(targets)
     setting = common.prepare(
         "latent inversion", "victim's weights, a picture of the concept, latent input", model, prompts, seeds, goal,
-        config, generator, depends=list(targets), folder=folder, progress=progress,
+        config, generator, depends=targets, folder=folder, progress=progress,
     )  # fmt: skip
     shots = setting.shots
     if len(targets) != len(shots):
         raise ValueError(f"{len(shots)} attempts and {len(targets)} target pictures: give one each")
-    clean, empty = common.latents_of(model, list(targets)), model.unconditional()
+    clean, empty = common.latents_of(model, targets), model.unconditional()
 
     def carry(piece: list[int]) -> list[dict]:
         text = empty.times(len(piece))

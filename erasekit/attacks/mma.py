@@ -12,7 +12,8 @@ where it is worse, and the best of all is kept. Tokens with blocked words are ne
 Black-box: the text encoder alone is needed. The targets are the caller's own; none are shipped.
 
 The authors' code and data are CC BY-NC-ND and were not used. There, each slot is given its neighbour's gradient (off by
-one); here it gets its own.
+one); here it gets its own. The first text is of tokens that are read back as themselves (ours): the search takes only
+texts that read back as as many tokens, and from others it would find none.
 """
 
 from collections.abc import Sequence
@@ -72,7 +73,8 @@ def run(
 ) -> AttackResult:
     """One search per distinct prompt, drawn with all its seeds; see `attacks.common` for what all attacks share.
 
-    prompts: the target texts. blocked: words that no token of the found text may hold.
+    prompts: the target texts. blocked: words that no token of the found text may hold. ValueError where none of the
+    texts that differ from the first one in one slot reads back as as many tokens.
     """
     config = chosen(PRESETS, model, config, "sd14")
     setting = common.prepare(
@@ -81,26 +83,37 @@ def run(
     )  # fmt: skip
     shots = setting.shots
     allowed = vocabulary(model.tokenizers, config.stable, blocked)
+    stable = allowed if config.stable else vocabulary(model.tokenizers, True, blocked)
+    starts = torch.searchsorted(allowed, stable)
     distinct = list(dict.fromkeys(shot.prompt.text for shot in shots))
     first = {text: next(i for i, s in enumerate(shots) if s.prompt.text == text) for text in distinct}
 
     def found(piece: list[int]) -> list[dict]:
         generators = setting.generators()
-        return [search(model, distinct[i], allowed, config, generators[first[distinct[i]]]) for i in piece]
+        return [
+            search(model, distinct[i], allowed, config, generators[first[distinct[i]]], starts) for i in piece
+        ]
 
     records = dict(zip(distinct, setting.resumed(distinct, config.batch, found), strict=True))
     return setting.drawn([records[shot.prompt.text] for shot in shots])
 
 
 def search(
-    model: DiffusionModel, target: str, allowed: Tensor, config: Config, generator: torch.Generator
+    model: DiffusionModel,
+    target: str,
+    allowed: Tensor,
+    config: Config,
+    generator: torch.Generator,
+    starts: Tensor,
 ) -> dict:
-    """found, text (prompts encoded) and trace of one greedy coordinate gradient search."""
+    """found, text (prompts encoded) and trace of one greedy coordinate gradient search. starts: places in `allowed` of
+    the tokens of the first text.
+    """
     tokenizer = model.tokenizer
     table = token_tables(model.text_encoders.values())[allowed.to(model.device)]
     wanted = _ends(model, model.conditioning(target), model.tokenized([target]))
     places = common.slots(model, lambda _: [[None] * config.tokens])
-    slots = torch.randint(len(allowed), (config.tokens,), generator=generator)
+    slots = starts[torch.randint(len(starts), (config.tokens,), generator=generator)]
     best, best_loss, trace, encoded = slots, float("inf"), [], 1
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -121,6 +134,11 @@ def search(
         tried = neighbours(slots, promising, config.candidates, generator)
         tried = _stays(model.tokenizers, tried, slots, allowed)
         encoded += 1 + len(tried)
+        if not len(tried) and not trace:
+            raise ValueError(
+                f"no text that differs from the first in one token reads back as {config.tokens} tokens: take fewer "
+                "tokens, more candidates or stable=True, or block less"
+            )
         if not len(tried):
             break
         with torch.no_grad():

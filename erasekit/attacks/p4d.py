@@ -90,7 +90,7 @@ def run(
     *,
     goal: Measure,
     original: DiffusionModel,
-    targets: Sequence[Image],
+    targets: Image | Sequence[Image],
     seeds: int | Sequence[int] = (0,),
     config: Config | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -100,15 +100,18 @@ def run(
 ) -> AttackResult:
     """Attack each prompt and seed; see `attacks.common` for what all attacks share.
 
-    original: the model before the erasure, another object than `model`. targets: a picture of the concept per attempt,
+    original: the model before the erasure, around weights of its own. targets: a picture of the concept per attempt,
     or one for all. callback: at every look.
     """
     config = chosen(PRESETS, model, config, "sd14")
-    if original is model:
+    parts = lambda one: {one.denoiser_part: one.denoiser, **one.text_encoders}
+    shared = {part for part, module in parts(model).items() if parts(original).get(part) is module}
+    edited = {name.partition(".")[0] for edit, *_ in model._active for name in edit.tensors}
+    if shared & {"unet", *edited}:
         raise ValueError(
-            "original and model are one object: load the model twice, or attack edit.merged(model)"
+            "original and model have the same weights: load the model twice, or attack edit.merged(model)"
         )
-    pictures = list(targets)
+    pictures = common.as_pictures(targets)
     setting = common.prepare(
         "P4D", "victim's and original's weights", model, prompts, seeds, goal, config, generator,
         depends=[*pictures, original], folder=folder, progress=progress,

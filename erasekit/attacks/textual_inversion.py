@@ -67,11 +67,11 @@ def run(
 ) -> AttackResult:
     """Learn one word for all prompts and draw each with it; see `attacks.common` for what all attacks share.
 
-    phrase: what the word stands for; every prompt and caption must hold it. pictures, captions: of the concept, one
-    caption each. `learned` is v, (tokens, d), of SDXL the embeddings of both text encoders side by side.
-    callback: step and loss at every update.
+    phrase: what the word stands for; every prompt and caption must hold it once, as whole words. pictures, captions: of
+    the concept, one caption each. `learned` is v, (tokens, d), of SDXL the embeddings of both text encoders side by
+    side. callback: step and loss at every update.
     """
-    config = chosen(PRESETS, model, config, "sd14")
+    config, pictures = chosen(PRESETS, model, config, "sd14"), common.as_pictures(pictures)
     if len(pictures) != len(captions) or not pictures:
         raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give as many of each")
     setting = common.prepare(

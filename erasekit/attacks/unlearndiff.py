@@ -97,7 +97,7 @@ def run(
     prompts: str | Sequence[str],
     *,
     goal: Measure,
-    targets: Sequence[Image],
+    targets: Image | Sequence[Image],
     seeds: int | Sequence[int] = (0,),
     config: Config | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -112,7 +112,7 @@ def run(
     prompt that leaves no room for k tokens.
     """
     config = chosen(PRESETS, model, config, "sd14")
-    pictures = list(targets)
+    pictures = common.as_pictures(targets)
     setting = common.prepare(
         "UnlearnDiffAtk", "victim's weights, a picture of the concept", model, prompts, seeds, goal, config, generator,
         depends=pictures, folder=folder, progress=progress,

@@ -47,6 +47,7 @@ from erasekit.evaluate.records import EditMade, Result, measurements, shown
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing, write_atomically
 from erasekit.sampling import config_of, switched
+from erasekit.states import unusual
 
 if TYPE_CHECKING:
     from erasekit.evaluate.deployment import Step
@@ -472,6 +473,7 @@ def model_key(
     settings += [config_of(model.scheduler), str(model.dtype), model.device.type]
     if not model.own_loop:  # of SDXL, what guidance leads away from
         settings.append(model.pipeline.config.get("force_zeros_for_empty_prompt"))
+    settings += unusual(model)
     return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()[:24]
 
 

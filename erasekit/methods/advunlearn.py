@@ -255,12 +255,12 @@ def fit(
     """Erase concepts by adversarial training; returns a text_encoder Edit (weight_delta for part="x" and the like).
 
     preserve: the retain set; when empty, all other concepts of the emoji world, or COCO's categories. anchor: not used,
-    y leads away from the concept and to nothing; a warning says so. callback: at every iteration step, loss, erase
+    nor is a concept's own, as y leads to nothing; a warning says so. callback: at every iteration step, loss, erase
     (ESD's loss on the attacked prompt), retain, and attack, the attacker's loss on the same state. The rest as in
     `esd.fit`.
     """
     config, erased, preserved, generator = asked(PRESETS, model, config, erase, preserve, anchor, generator)
-    if anchor is not None:
+    if anchor is not None or any(one.anchor is not None for one in erased):
         warnings.warn(
             "AdvUnlearn leads away from the concept, to nothing: `anchor` changes nothing", stacklevel=2
         )

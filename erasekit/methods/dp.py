@@ -37,8 +37,7 @@ from erasekit.concepts import (
     check_templates,
     eot_position,
     fill,
-    slot_token,
-    subject_span,
+    slot_span,
     token_ids,
 )
 from erasekit.edits import Edit
@@ -69,8 +68,10 @@ class Config:
         check(self, ridge=0, cut=0)
         if self.preserve_tokens not in ("real", "all"):
             raise ValueError(f"preserve_tokens must be real or all, got {self.preserve_tokens!r}")
-        check_templates(self.templates)
-        check_templates(self.preserve_templates)
+        for templates in (self.templates, self.preserve_templates):
+            check_templates(templates)
+            if not templates:
+                raise ValueError("there must be at least one template")
 
 
 PRESETS = {
@@ -97,13 +98,14 @@ def rows(
     sources, targets = [], []
     for concept, other in zip(erased, instead, strict=True):
         for template in concept.templates or config.templates:
-            prompts = [fill(template, phrase)[0] for phrase in (concept.name, other)]
-            old, new = model.encode(prompts).double()
-            span = subject_span(model.tokenizer, prompts[0], concept.name)
-            last = slot_token(model.tokenizer, template, other)
-            length = len(subject_span(model.tokenizer, prompts[1], other)) if other.strip() else 1
-            sources.append(old[list(span)])
-            targets.append(projected(sources[-1], new[last - length + 1 : last + 1]))
+            phrases = concept.name, other
+            embedded = model.encode([fill(template, phrase)[0] for phrase in phrases]).double()
+            old, new = (
+                rows[slot_span(model.tokenizer, template, phrase)]
+                for rows, phrase in zip(embedded, phrases, strict=True)
+            )
+            sources.append(old)
+            targets.append(projected(old, new))
     kept = [fill(t, one.name)[0] for one in preserved for t in one.templates or config.preserve_templates]
     kept += [""] * config.preserve_null
     concepts = about(erased, instead, preserved)
@@ -132,7 +134,7 @@ def solve(given: Rows, config: Config) -> tuple[ContextMap, dict[str, float]]:
     of C^T Pi C. ValueError where a source lies in the span, or the rows cannot be told apart outside it.
     """
     c, c_star = given.sources, given.targets
-    pi = complement(given.preserved, c.shape[1], config.cut)
+    pi = complement(given.preserved, c.shape[1], config.cut).to(c)
     outside = c @ pi
     free = outside.square().sum(1) / c.square().sum(1)
     if free.min() < 1e-10:
@@ -144,7 +146,7 @@ def solve(given: Rows, config: Config) -> tuple[ContextMap, dict[str, float]]:
     values = torch.linalg.eigvalsh(gram).clamp_min(0)
     told = {"free": float(free.min()), "condition": float(values[-1] / values[0].clamp_min(1e-300))}
     if not config.joint:
-        t = ContextMap.identity(c.shape[1])
+        t = ContextMap.identity(c.shape[1], c.device)
         for old, new, x in zip(c, c_star, outside, strict=True):
             t = t.compose(ContextMap((new - old)[:, None], (x / x.square().sum())[:, None]))
         return t, told

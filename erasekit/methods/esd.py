@@ -98,8 +98,6 @@ class Config:
 
     def __post_init__(self):
         check(self, guidance=0, iterations=1, lr=0, batch=1, sampler=1)
-        if self.pixels is not None and not isinstance(self.pixels, int):
-            raise ValueError(f"pixels must be a whole number, got {self.pixels!r}")
         check(self, **{} if self.pixels is None else {"pixels": 1})
         check_sources(self)
         check_templates(self.templates)
@@ -138,7 +136,8 @@ def fit(
     """Erase concepts by training a copy of the denoiser; returns a weight_delta Edit and leaves the model alone.
 
     preserve: not used, ESD has no term for it; a warning says so. anchor: what the concept is erased from, "a painting"
-    for a painter; the concept itself if None. config: None takes the preset of the model ("emoji",
+    for a painter; the concept itself if None, whose own anchor is not used either. A blank one trains the empty prompt,
+    which all guided pictures use, and never the concept's own. config: None takes the preset of the model ("emoji",
     "sd14-object", "sdxl", or "flux" for a transformer). generator: seed 0 if None. callback: step and loss at every
     update. folder: of the checkpoints, from which an interrupted call with the same arguments goes on. Raises
     ValueError for unknown concepts and nothing to erase, for a pipeline that cannot be trained so, and where training
@@ -150,6 +149,12 @@ def fit(
     check_own(model, config)
     if preserve:
         warnings.warn("ESD has no term that preserves: `preserve` changes nothing", stacklevel=2)
+    if anchor is None and any(one.anchor is not None for one in erased):
+        warnings.warn(
+            "ESD puts nothing in the place of a concept: its own anchor changes nothing; what it is erased from is "
+            "`anchor` of `fit`",
+            stacklevel=2,
+        )
     prompts = about = erase_prompts(erased, config.templates)
     if anchor is not None:
         instead = anchor.name if isinstance(anchor, Concept) else anchor

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
-from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
+from erasekit.concepts import Concept, check_templates, eot_position, fill, slot_span, token_ids
 from erasekit.conditioning import predict
 from erasekit.edits import Edit
 from erasekit.layers import attention_with_gradient, cross_attention_kv, grid_of, record_attention
@@ -53,9 +53,10 @@ class Config:
     rows count by their mean. keep_templates: captions of what is preserved, taken in turn. rank, lr, iterations, batch:
     of each concept's LoRA (AdamW). pictures: the model's own, of each concept. mask: share of the highest attention
     from which a pixel belongs to the concept; 0 takes all pixels, as the authors do for styles and as is done for a
-    concept with templates of its own. ends: the end tokens count as the concept's too [code]. squared: the paper's
-    squared norm, a mean; False is the code's plain norm, a sum. focal: draw time steps by `focal`, else uniformly.
-    sampler, guidance: how the pictures are drawn, guidance above 1. lora: leave out stages two and three if False.
+    concept with templates of its own. ends: the first end token and the padding behind it count as the concept's too
+    [code]. squared: the paper's squared norm, a mean; False is the code's plain norm, a sum. focal: draw time steps by
+    `focal`, else uniformly. sampler, guidance: how the pictures are drawn, guidance above 1. lora: leave out stages two
+    and three if False.
     """
 
     anchor: str = " "
@@ -192,11 +193,10 @@ class Shown:
 
 def columns(tokenizer, template: str, phrase: str, ends: bool) -> Tensor:
     """Which positions (length,) of a prompt are the concept's: those of the phrase in the template's slot, and with
-    `ends` all end tokens.
+    `ends` the first end token and all padding behind it.
     """
     chosen = torch.zeros(tokenizer.model_max_length, dtype=torch.bool)
-    last = slot_token(tokenizer, template, phrase)
-    chosen[last + 1 - len(content_ids(tokenizer, phrase)) : last + 1] = True
+    chosen[slot_span(tokenizer, template, phrase)] = True
     if ends:
         ids = token_ids(tokenizer, [fill(template, phrase)[0]])
         chosen[int(eot_position(tokenizer, ids)[0]) :] = True

@@ -42,7 +42,15 @@ from erasekit.layers import cross_attention_kv
 from erasekit.models import DiffusionModel
 from erasekit.prompt_rows import slot_rows
 from erasekit.retained import retained
-from erasekit.settings import EMOJI_CAPTIONS, about, apart, asked, check, check_first_family
+from erasekit.settings import (
+    EMOJI_CAPTIONS,
+    about,
+    apart,
+    asked,
+    check,
+    check_first_family,
+    warn_of_itself,
+)
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,7 @@ def rows(
     concept that is also preserved.
     """
     apart(erased, preserved)
-    given = None if anchor is None else (anchor.name if isinstance(anchor, Concept) else anchor,)
-    instead = [given or (config.guides if one.anchor is None else (one.anchor,)) for one in erased]
+    instead = _guides(erased, anchor, config)
     pairs = [
         (template, concept.name, guide)
         for concept, guides in zip(erased, instead, strict=True)
@@ -114,10 +121,22 @@ def rows(
     ]
     keep = [(t, one.name) for one in preserved for t in one.templates or config.preserve_templates]
     sources, targets, kept = slot_rows(model, pairs, keep)
-    general = model.encode(retained(model, erased, (), config.general_templates)[1]).double().flatten(0, 1)
+    try:
+        _, captions = retained(model, erased, (), config.general_templates)
+    except ValueError as error:
+        raise ValueError(
+            "no text in general is left without the erased words: give general_templates without them, or erase less"
+        ) from error
+    general = model.encode(captions).double().flatten(0, 1)
     concepts = about(erased, [guide for guides in instead for guide in guides], preserved)
     found = Rows(sources, targets, torch.cat(kept) if kept else None, concepts)
     return found, general.T @ general / len(general)
+
+
+def _guides(erased: Sequence[Concept], anchor: str | Concept | None, config: Config) -> list[tuple[str, ...]]:
+    """The guides that each concept brings: `anchor`, else its own anchor, else the config's."""
+    given = None if anchor is None else (anchor.name if isinstance(anchor, Concept) else anchor,)
+    return [given or (config.guides if one.anchor is None else (one.anchor,)) for one in erased]
 
 
 def agreement(weight: Tensor, given: Rows, general: Tensor, config: Config) -> Tensor:
@@ -168,6 +187,8 @@ def fit(
     config, erased, preserved, _ = asked(
         PRESETS, model, config, erase, preserve, anchor, generator, trains=False
     )
+    guides = {guide for guides in _guides(erased, anchor, config) for guide in guides}
+    warn_of_itself((one, guide) for one in erased for guide in guides)  # all concepts share all guides
     given, general = rows(model, erased, preserved, anchor, config)
     delta = {}
     for step, (name, layer) in enumerate(cross_attention_kv(model.unet, "values").items()):

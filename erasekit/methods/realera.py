@@ -39,7 +39,7 @@ from erasekit.settings import EMOJI_TEMPLATES, anchors, asked, check, warn_of_it
 from erasekit.states import Picks, State, States
 from erasekit.text_entries import TextEntry, spaces
 from erasekit.tokens import as_text, vocabulary
-from erasekit.tuning import descend, discard, telling
+from erasekit.tuning import check_changed, descend, discard, telling
 
 Mode = Literal["toward_gaussian", "shell", "subspace"]
 Scope = Literal["token", "sequence"]
@@ -240,11 +240,18 @@ def subspace(model: DiffusionModel, concept: Concept, config: Config, siblings: 
     rows = _last_rows(model, [concept.name, *concept.synonyms, *kin, *siblings])
     apart = rows[1:] - rows[:1]
     own, others = apart[: len(apart) - len(siblings)], apart[len(apart) - len(siblings) :]
+    # Of what the words differ by: what the siblings leave of it may be rounding.
+    least = 1e-9 * own.norm()
     if len(siblings):
         away = torch.linalg.qr(others.T)[0]
         own = own - own @ away @ away.T
     _, s, vh = torch.linalg.svd(own, full_matrices=False)
-    return vh[: min(config.directions, int((s > 1e-9 * s[0]).sum()))]
+    if s[0] <= least:
+        raise ValueError(
+            f"the preserved names take all directions of the words related to {concept.name!r}: preserve fewer, raise "
+            "words, or choose mode shell"
+        )
+    return vh[: min(config.directions, int((s > least).sum()))]
 
 
 def attenuation(n: int, sigma: float, m: int, tau: float, lambda_b: float, lam: float) -> float:
@@ -553,7 +560,7 @@ def fit(
         for concept, other in zip(erased, instead, strict=True)
     ]
 
-    first = ContextMap.identity(kept.shape[1])
+    first = ContextMap.identity(kept.shape[1], kept.device)
     if model.own_loop and config.closed_form:
         flat = [
             (embedded(model, pair), basis)
@@ -574,6 +581,7 @@ def fit(
     for concept, pairs, basis in zip(erased, own_pairs, own_basis, strict=True):
         tell = telling(callback, concept=concept.name)
         change, place = align(model, start, pairs, basis, config, generator, tell, folder, progress)
+        check_changed({name: one.half() for name, one in change.items()}, config)
         changes.append(change)
         places.append(place)
         keys.append(model.encode([pair.prompt for pair in pairs]).flatten(0, 1))

@@ -44,7 +44,7 @@ from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import uce
 from erasekit.models import DiffusionModel
-from erasekit.settings import EMOJI_CAPTIONS, anchors, asked, warn_of_itself
+from erasekit.settings import EMOJI_CAPTIONS, anchors, asked, check, warn_of_itself
 from erasekit.text_entries import text_entries
 from erasekit.tuning import telling
 
@@ -75,12 +75,7 @@ class Config:
     pairs: Pairs = "positions"
 
     def __post_init__(self):
-        for name in ("lam", "lambda_1", "lambda_2", "erase_scale"):
-            value = getattr(self, name)
-            if not (0 <= value < float("inf")):
-                raise ValueError(f"{name} must be zero or positive, got {value}")
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 0:
-            raise ValueError(f"epochs must be a whole number, zero or more, got {self.epochs!r}")
+        check(self, epochs=0, lam=0, lambda_1=0, lambda_2=0, erase_scale=0)
         for name, known in (("regularizer", get_args(Regularizer)), ("pairs", get_args(Pairs))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -21,6 +21,7 @@ numbers from their code [code], which has no licence; nothing of it was copied.
 """
 
 import csv
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,9 +37,10 @@ from erasekit.closed_form import ContextMap
 from erasekit.concepts import (
     Concept,
     check_templates,
+    content_ids,
     eot_position,
     fill,
-    subject_span,
+    slot_token,
     token_ids,
 )
 from erasekit.conditioning import joined, predict
@@ -170,19 +172,19 @@ def phrases(concept: Concept, anchor: str | None, config: Config) -> list[tuple[
 
     Safe is `anchor`, else the concept's own, else the file's, else the config's.
     """
-    listed = _phrases().get(concept.name, ())
+    listed = _phrases().get(concept.name.lower(), ())
     words = dict(listed) or dict.fromkeys((concept.name, *concept.synonyms), config.anchor)
     instead = anchor if anchor is not None else concept.anchor
     return [(phrase, safe if instead is None else instead) for phrase, safe in words.items()]
 
 
 def pairs(erased: Sequence[Concept], anchor: str | None, config: Config) -> list[tuple[str, str, str, str]]:
-    """(malicious prompt, its phrase, safe prompt, concept), without repeats."""
+    """(malicious prompt, its phrase, safe prompt, their template), without repeats."""
     found = {}
     for concept in erased:
         for template in concept.templates or config.templates:
             for phrase, safe in phrases(concept, anchor, config):
-                found[fill(template, phrase)[0]] = (phrase, fill(template, safe)[0], concept.name)
+                found[fill(template, phrase)[0]] = (phrase, fill(template, safe)[0], template)
     return [(malicious, *rest) for malicious, rest in found.items()]
 
 
@@ -198,19 +200,22 @@ def first_end(tokenizer, prompt: str, faithful: bool = False) -> int:
 def rows(
     model: DiffusionModel, given: Sequence[tuple[str, str, str, str]], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Source and target rows (n, d), float64, of the pairs; one row per pair and token, the whole prompt for "all"."""
+    """Source and target rows (n, d), float64, of the pairs; one row per pair and token, of "key" as many as the phrase
+    has tokens, of "all" the whole prompt.
+    """
     prompts = list(dict.fromkeys(prompt for malicious, _, safe, _ in given for prompt in (malicious, safe)))
     table = dict(zip(prompts, model.encode(prompts).double(), strict=True))
     tokenizer, sources, targets = model.tokenizer, [], []
-    for malicious, phrase, safe, _ in given:
+    for malicious, phrase, safe, template in given:
         old, new = table[malicious], table[safe]
         at = lambda prompt: first_end(tokenizer, prompt, config.faithful)
         for token in config.tokens:
             if token == "all":
                 taken = [(old, new)]
             elif token == "key":
-                span = subject_span(tokenizer, malicious, phrase)
-                taken = [(old[list(span)], new[-1:].expand(len(span), -1))]
+                stop = slot_token(tokenizer, template, phrase) + 1
+                key = old[stop - len(content_ids(tokenizer, phrase)) : stop]
+                taken = [(key, new[-1:].expand(len(key), -1))]
             else:
                 i, j = {"sot": (0, 0), "eot": (at(malicious), at(safe)), "last": (-1, -1)}[token]
                 taken = [(old[i][None], new[j][None])]
@@ -239,8 +244,8 @@ def entry_rows(
     kept = prompt_rows.preserved(model, prompt, captions)
     for space, entry in spaces(model).items():
         sources, targets = [], []
-        for malicious, phrase, safe, _ in given:
-            old, new, blank = map(prompt, (malicious, safe, malicious.replace(phrase, "", 1)))
+        for malicious, _, safe, template in given:
+            old, new, blank = map(prompt, (malicious, safe, fill(template, "")[0]))
             for token in config.tokens:
                 if token == "all":
                     taken = [prompt_rows.paired(entry, old, new, blank, "all")]
@@ -381,6 +386,7 @@ def calmed(start: DiffusionModel, calm: States, also: Sequence, folder: Path | N
         return {"uncond": torch.stack(found, 1)}
 
     what = [config_of(calm.model.scheduler), calm.sampler, calm.noises, *also]
+    what += [] if calm.unguided else [calm.guidance]
     return cached(start, (folder or states.FOLDER) / "calm", what, calm.noises, predicted)["uncond"]
 
 
@@ -404,10 +410,10 @@ def fit(
     stages="text" also for transformers, as a text_maps Edit; an entry that reads none of `tokens` (a pooled one no
     "key") stays as it is.
 
-    anchor: the safe phrase. preserve: what captions are kept in stage 1; when empty, all other concepts of the emoji
-    world, or COCO's categories. callback: after stage 1 (step -1) rank and the relative residuals of the erased rows
-    and of the preserved ones; in stage 2 at every iteration step, loss, erase, keep, and active, the share of rows with
-    a gradient. generator, folder and errors as in `esd.fit`.
+    anchor: the safe phrase. preserve: what captions are kept in stage 1, without which it is not used, as a warning
+    says; when empty, all other concepts of the emoji world, or COCO's categories. callback: after stage 1 (step -1)
+    rank and the relative residuals of the erased rows and of the preserved ones; in stage 2 at every iteration step,
+    loss, erase, keep, and active, the share of rows with a gradient. generator, folder and errors as in `esd.fit`.
     """
     config, erased, preserved, generator = asked(
         PRESETS,
@@ -421,6 +427,8 @@ def fit(
     )
     if config.stages != "text":
         model.check_drawn()
+    if preserved and config.stages == "trajectory":
+        warnings.warn("TRCE preserves captions in stage 1 alone: `preserve` changes nothing", stacklevel=2)
     instead = anchor.name if isinstance(anchor, Concept) else anchor
     given = pairs(erased, instead, config)
     warn_of_itself(pair for one in erased for pair in phrases(one, instead, config))

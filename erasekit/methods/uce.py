@@ -30,7 +30,7 @@ from erasekit.concepts import Concept, check_templates, fill
 from erasekit.edits import Edit
 from erasekit.models import DiffusionModel
 from erasekit.prompt_rows import Tokens
-from erasekit.settings import about, anchors, apart, asked, warn_of_itself
+from erasekit.settings import about, anchors, apart, asked, check, warn_of_itself
 from erasekit.text_entries import spaces
 
 Entries = Literal["both", "sequence", "pooled"]
@@ -63,10 +63,7 @@ class Config:
     entries: Entries = "both"
 
     def __post_init__(self):
-        for name in ("erase_scale", "preserve_scale", "lam"):
-            value = getattr(self, name)
-            if not (0 <= value < float("inf")):
-                raise ValueError(f"{name} must be zero or positive, got {value}")
+        check(self, erase_scale=0, preserve_scale=0, lam=0)
         for name, known in (("tokens", Tokens), ("preserve_tokens", Tokens), ("entries", Entries)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(
@@ -111,7 +108,7 @@ def _asked(
     erased: Sequence[Concept], preserved: Sequence[Concept], anchor: str | Concept | None, config: Config
 ) -> tuple[Callable, list, dict]:
     """From templates (template, phrase, anchor) of all that is erased; (template, phrase) of what is kept; names."""
-    apart(erased, preserved)
+    apart(erased, preserved, config.synonyms)
     instead = anchors(erased, anchor, config.anchor)
 
     slots = lambda templates: [
