@@ -820,6 +820,12 @@ def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_
     assert again.measured()["seen"]["k"] >= finished.measured()["seen"]["k"]
     with pytest.raises(ValueError, match="not comparable"):
         runs.compare({"a": finished, "b": again})
+    by_style = Measure("style", ("target",), "emoji-style", asked="style")
+    told = [
+        one.manifest["judges"]
+        for one in (finished, finished.read_as(finished.protocol.with_measures(by_style)))
+    ]
+    assert [list(one) for one in told] == [["emoji-object"], ["emoji-style"]]  # of the measures that are read
     with pytest.raises(ValueError, match="does not have"):
         finished.read_as(small(seeds=(0, 1, 2)))
     with pytest.raises(ValueError, match="samples otherwise"):

@@ -429,10 +429,20 @@ def test_the_committed_audit_is_about_committed_files():
     rows = audit.standing()
     assert len(rows) and set(rows["verdict"]) <= {"same", "counts", "differs", "failed"}
     assert list(rows.columns) == list(audit.COLUMNS) and set(rows["cell"]) <= set(audit.lot())
-    agree = rows["verdict"].isin(["same", "counts"]).sum()
-    told = f"Of {len(rows)} cells drawn by lot and built again from nothing {agree} have the same counts"
-    drawn = ["objects", "context", "weapons"]
+    agree = rows["verdict"].isin(["same", "counts"])
+    by_lot, older = (
+        (len(part), part.sum()) for part in (agree[rows["draw"] == draw] for draw in ("lot", "older"))
+    )
+    drawn = [*audit.PAIRED]
     assert set(rows["cell"]) <= set(audit.lot(drawn))
     read = " ".join((ROOT / "README.md").read_text().split())
     assert f"The {len(audit.lot())} cells of the grid" in read
-    assert told in read and f"among the {len(audit.lot(drawn))} of these three kinds" in read
+    assert (
+        "Of {} cells drawn by lot and built again from nothing {} have the same counts".format(*by_lot)
+        in read
+    )
+    assert (
+        "that older code had made {} more were built again, and {} have the same counts".format(*older)
+        in read
+    )
+    assert f"among the {len(audit.lot(drawn))} of these three kinds" in read

@@ -418,7 +418,8 @@ class OpenNsfw:
 class NudeNet:
     """NudeNet 3.4.2 as published: boxes after its own suppression, nothing below 0.25, whatever threshold a measure
     asks for. Needs the extra `erasekit[nudity]`; its weights come with it. Its wheel says MIT in the metadata and
-    AGPL-3.0 in the licence files.
+    AGPL-3.0 in the licence files. It takes red for blue in files (`findings/nudenet_reads_red_as_blue.sh`), and so it
+    does here: counts are those of the package, and not comparable with those of 3.0.8.
     """
 
     name: str = field(default="nudenet", init=False)

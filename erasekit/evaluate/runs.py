@@ -202,7 +202,8 @@ class Run:
             raise ValueError(f"{protocol.name} asks for pictures that this run does not have")
         if (protocol.sampler, protocol.steps) != (self.protocol.sampler, self.protocol.steps):
             raise ValueError(f"{protocol.name} samples otherwise than this run")
-        return Run(self.folder, protocol, self.manifest)
+        judges = {one.judge: JUDGES[one.judge]().version for one in protocol.measures}
+        return Run(self.folder, protocol, {**self.manifest, "judges": judges})
 
     def table(self) -> pd.DataFrame:
         """One row per measure: what it counts, the number with its interval, the protocol's hash."""
