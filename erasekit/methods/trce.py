@@ -37,10 +37,9 @@ from erasekit.closed_form import ContextMap
 from erasekit.concepts import (
     Concept,
     check_templates,
-    content_ids,
     eot_position,
     fill,
-    slot_token,
+    slot_span,
     token_ids,
 )
 from erasekit.conditioning import joined, predict
@@ -213,8 +212,7 @@ def rows(
             if token == "all":
                 taken = [(old, new)]
             elif token == "key":
-                stop = slot_token(tokenizer, template, phrase) + 1
-                key = old[stop - len(content_ids(tokenizer, phrase)) : stop]
+                key = old[slot_span(tokenizer, template, phrase)]
                 taken = [(key, new[-1:].expand(len(key), -1))]
             else:
                 i, j = {"sot": (0, 0), "eot": (at(malicious), at(safe)), "last": (-1, -1)}[token]
