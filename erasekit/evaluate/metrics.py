@@ -100,10 +100,10 @@ def paired_difference(
     its prompt and its seed, say; then these are resampled, see `clustered`. Where all differences of verdicts
     are one value, there is nothing to resample: as many of them may be another as Wilson's bound of 0/n allows.
     Differences of scores that are one value give an interval without width.
-    p: twice the smaller share of resamples on one side of 0, so at least 2 / (resamples + 1); no smaller than the sign
-    test's 2 / 2^m of m labels (one label: 1), for verdicts no smaller than exact McNemar's. resamples: more (`MANY`)
-    where p is adjusted for many comparisons.
-    separates: the 95 % interval leaves out 0, and there are labels enough (six) for any p below 5 %.
+    p: twice the smaller share of resamples on one side of 0, so at least 2 / (resamples + 1); no smaller than 2 / 2^n,
+    the sign test's for n pairs that all go one way, for verdicts no smaller than exact McNemar's; 1 where no labelling
+    has two labels. resamples: more (`MANY`) where p is adjusted for many comparisons.
+    separates: the 95 % interval leaves out 0, and so many pairs (six) could give a p below 5 %.
     """
     a, b = _finite(a), _finite(b)
     if a.shape != b.shape:
@@ -111,9 +111,8 @@ def paired_difference(
     clusters = clusters or [range(len(a))]
     resampled = clustered(b - a, clusters, generator, resamples)
     low, high = (round(float(end), 5) for end in np.quantile(resampled, [0.025, 0.975]))
-    fewest = min(
-        1.0, 2 * 0.5 ** max(len({*labels}) for labels in clusters)
-    )  # p of the sign test, all one way
+    several = any(len({*labels}) > 1 for labels in clusters)
+    fewest = 2 * 0.5 ** len(a) if several else 1.0
     p = max(two_sided(resampled), fewest)
     if {*a, *b} <= {0.0, 1.0}:
         p = max(p, mcnemar(a, b)["p"])
