@@ -47,6 +47,14 @@ def check_templates(templates: Sequence[str]) -> None:
             raise ValueError(f"a template needs exactly one {{}}, got {template!r}")
 
 
+def check_some_templates(*several: Sequence[str]) -> None:
+    """`check_templates` of each, and ValueError for an empty one."""
+    for templates in several:
+        check_templates(templates)
+        if not templates:
+            raise ValueError("there must be at least one template")
+
+
 def as_concepts(
     given: str | Concept | Sequence[str | Concept],
     vocabulary: Mapping[str, tuple[Concept, ...]] | None = None,

@@ -34,7 +34,7 @@ from torch import Tensor
 from erasekit.closed_form import ContextMap, Rows, complement, confined, residuals
 from erasekit.concepts import (
     Concept,
-    check_templates,
+    check_some_templates,
     eot_position,
     fill,
     slot_span,
@@ -68,10 +68,7 @@ class Config:
         check(self, ridge=0, cut=0)
         if self.preserve_tokens not in ("real", "all"):
             raise ValueError(f"preserve_tokens must be real or all, got {self.preserve_tokens!r}")
-        for templates in (self.templates, self.preserve_templates):
-            check_templates(templates)
-            if not templates:
-                raise ValueError("there must be at least one template")
+        check_some_templates(self.templates, self.preserve_templates)
 
 
 PRESETS = {

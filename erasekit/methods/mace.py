@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
-from erasekit.concepts import Concept, check_templates, eot_position, fill, slot_span, token_ids
+from erasekit.concepts import Concept, check_some_templates, eot_position, fill, slot_span, token_ids
 from erasekit.conditioning import predict
 from erasekit.edits import Edit
 from erasekit.layers import attention_with_gradient, cross_attention_kv, grid_of, record_attention
@@ -85,10 +85,7 @@ class Config:
             raise ValueError(f"pictures are drawn with guidance above 1, got {self.guidance}")
         if self.mask >= 1:
             raise ValueError(f"mask is a share of the highest attention, below 1, got {self.mask}")
-        for templates in (self.templates, self.keep_templates):
-            check_templates(templates)
-            if not templates:
-                raise ValueError("there must be at least one template")
+        check_some_templates(self.templates, self.keep_templates)
 
 
 STYLES = ("a painting by {}", "a drawing in the style of {}", "a picture in the style of {}", "art by {}")

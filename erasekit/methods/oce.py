@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from erasekit.closed_form import Rows, output_residuals, span
-from erasekit.concepts import Concept, check_templates
+from erasekit.concepts import Concept, check_some_templates
 from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
 from erasekit.models import DiffusionModel
@@ -78,10 +78,7 @@ class Config:
             raise ValueError("lam must be above 0, or outputs that nothing else speaks for turn at will")
         if not self.guides or isinstance(self.guides, str):
             raise ValueError(f"guides are a sequence of at least one phrase, got {self.guides!r}")
-        for templates in (self.templates, self.preserve_templates, self.general_templates):
-            check_templates(templates)
-            if not templates:
-                raise ValueError("there must be at least one template")
+        check_some_templates(self.templates, self.preserve_templates, self.general_templates)
 
 
 PRESETS = {

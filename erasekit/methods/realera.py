@@ -28,7 +28,15 @@ from torch import Tensor, nn
 
 from erasekit import closed_form, prompt_rows
 from erasekit.closed_form import ContextMap
-from erasekit.concepts import Concept, check_templates, content_ids, eot_position, fill, slot_token, token_ids
+from erasekit.concepts import (
+    Concept,
+    check_some_templates,
+    content_ids,
+    eot_position,
+    fill,
+    slot_token,
+    token_ids,
+)
 from erasekit.conditioning import Conditioning, joined, predict
 from erasekit.edits import Edit
 from erasekit.layers import cross_attention_kv
@@ -115,10 +123,7 @@ class Config:
             raise ValueError(f"x_t is drawn with guidance above 1, got {self.guidance}")
         if not (self.closed_form or self.lora):
             raise ValueError("with neither closed form nor LoRA nothing is erased: switch one on")
-        for templates in (self.templates, self.keep_templates):
-            check_templates(templates)
-            if not templates:
-                raise ValueError("there must be at least one template")
+        check_some_templates(self.templates, self.keep_templates)
 
 
 PRESETS = {

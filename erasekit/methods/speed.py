@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from erasekit.closed_form import ContextMap, Rows, confined, output_residuals, span
-from erasekit.concepts import Concept, check_templates
+from erasekit.concepts import Concept, check_some_templates
 from erasekit.edits import Edit
 from erasekit.layers import Projections, cross_attention_kv
 from erasekit.models import DiffusionModel
@@ -90,10 +90,7 @@ class Config:
         for name, known in (("projections", get_args(Projections)), ("tokens", ("last_subject", "all"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for templates in (self.templates, self.preserve_templates):
-            check_templates(templates)
-            if not templates:
-                raise ValueError("there must be at least one template")
+        check_some_templates(self.templates, self.preserve_templates)
 
 
 PRESETS = {

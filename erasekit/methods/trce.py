@@ -36,7 +36,7 @@ from erasekit import closed_form, prompt_rows, states
 from erasekit.closed_form import ContextMap
 from erasekit.concepts import (
     Concept,
-    check_templates,
+    check_some_templates,
     eot_position,
     fill,
     slot_span,
@@ -134,10 +134,7 @@ class Config:
             raise ValueError(f"early must be at most sampler ({self.sampler}), got {self.early}")
         if self.guidance <= 1:
             raise ValueError(f"the ways are drawn with guidance above 1, got {self.guidance}")
-        for templates in (self.templates, self.steer_templates, self.keep_templates):
-            check_templates(templates)
-            if not templates:
-                raise ValueError("there must be at least one template")
+        check_some_templates(self.templates, self.steer_templates, self.keep_templates)
 
 
 PRESETS = {
