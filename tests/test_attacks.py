@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from families import tiny
 from PIL import Image
 
@@ -666,6 +666,21 @@ def test_the_negative_control_knows_no_word(model):
         torch.equal(a, b) for a, b in zip(control.unet.parameters(), model.unet.parameters(), strict=True)
     )
     assert control.encode("a dog").isfinite().all()
+
+
+@pytest.mark.parametrize("drawn", [0, 10])
+def test_the_noise_of_the_error_does_not_come_from_the_sampler(drawn, shared_model, model, generator):
+    """x_t of t, whatever the pipeline draws with and has drawn before."""
+    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config)
+    model.pipeline.scheduler = scheduler
+    if drawn:
+        model.generate(["a dog"], [0], steps=drawn)
+    clean, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    t, text = torch.tensor([301, 701]), shared_model.conditioning(["a dog"] * 2)
+    expected = common.noise_error(shared_model, clean, noise, t, text)
+    torch.testing.assert_close(common.noise_error(model, clean, noise, t, text), expected)
+    noisy = shared_model.scheduler.add_noise(clean, noise, t)
+    assert (scheduler.add_noise(clean, noise, t) - noisy).abs().max() > 0.5  # control: the sampler's own
 
 
 @pytest.mark.slow
