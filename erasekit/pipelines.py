@@ -14,6 +14,8 @@ from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from torch import Tensor
 
+from erasekit.sampling import own_noise
+
 # The sizes asked for, not the nearest of a list; captions as they are, whether or not ftfy and bs4 are installed.
 PLAIN = {"use_resolution_binning": False, "clean_caption": False}
 
@@ -84,13 +86,17 @@ def pictures(
     if "negative_prompt" in wanted:
         wanted["negative_prompt"] = [wanted["negative_prompt"]] * len(prompts)
     size = {side: asked for side, asked in (("height", height), ("width", width)) if asked is not None}
-    drawn = run(
-        pipeline,
-        prompt=list(prompts),  # a new list: Z-Image's pipeline writes its template into the one it is given
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        **size,
-        **wanted,
-    ).images
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with own_noise(pipeline.scheduler, generators):
+        drawn = run(
+            pipeline,
+            prompt=list(
+                prompts
+            ),  # a new list: Z-Image's pipeline writes its template into the one it is given
+            generator=generators,
+            **size,
+            **wanted,
+        ).images
     for side, asked in size.items():
         if (found := getattr(drawn[0], side)) != asked:
             raise ValueError(

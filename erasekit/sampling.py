@@ -3,6 +3,8 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
@@ -32,6 +34,31 @@ def ddim(scheduler) -> DDIMScheduler:
     that are not rescaled. Training looks at x_t through it, whatever the model draws with.
     """
     return switched(scheduler, DDIMScheduler)
+
+
+@contextmanager
+def own_noise(scheduler, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Inside, `scheduler.step` takes the noise that a sampler adds on the way from the generators, of picture i from
+    the i-th, also where a pipeline does not hand them on (Stable Diffusion 3, FLUX and most with a transformer).
+
+    diffusers' DPM-Solver++ SDE knows no generator, only seeds for torchsde, one for each picture: they are drawn, and
+    the generators are left as they were.
+    """
+    step, changed = scheduler.step, {}
+    if "generator" in inspect.signature(step).parameters:
+        changed["step"] = partial(step, generator=list(generators))
+    if "noise_sampler_seed" in vars(scheduler):
+        changed["noise_sampler_seed"] = [
+            int(torch.randint(2**62, (), generator=one.clone_state())) for one in generators
+        ]
+    before = {name: vars(scheduler)[name] for name in changed if name in vars(scheduler)}
+    vars(scheduler).update(changed)
+    try:
+        yield
+    finally:
+        for name in changed:
+            del vars(scheduler)[name]
+        vars(scheduler).update(before)
 
 
 @torch.no_grad()
@@ -72,28 +99,27 @@ def walk(
         latents = start.to(unet.device, unet.dtype)
     guided = guidance > 1
     context = joined([uncond, told]) if guided else told
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": list(generators)} if takes_generator else {}
 
-    for step, t in enumerate(scheduler.timesteps[skip:stop]):
-        sample, away = latents, None
-        doubled = torch.cat([sample, sample]) if guided else sample
-        doubled = scheduler.scale_model_input(doubled, t)
-        prediction = text = predict(unet, doubled, t, context)
-        if guided:
-            away, text = prediction.chunk(2)
-            prediction = away + guidance * (text - away)
-        result = scheduler.step(prediction, t, sample, **extra)
-        latents = result.prev_sample
-        yield {
-            "step": step,
-            "timestep": int(t),
-            "sample": sample,
-            "latents": latents,
-            "pred_x0": getattr(result, "pred_original_sample", None),
-            "text": text,
-            "uncond": away,
-        }
+    with own_noise(scheduler, generators):
+        for step, t in enumerate(scheduler.timesteps[skip:stop]):
+            sample, away = latents, None
+            doubled = torch.cat([sample, sample]) if guided else sample
+            doubled = scheduler.scale_model_input(doubled, t)
+            prediction = text = predict(unet, doubled, t, context)
+            if guided:
+                away, text = prediction.chunk(2)
+                prediction = away + guidance * (text - away)
+            result = scheduler.step(prediction, t, sample)
+            latents = result.prev_sample
+            yield {
+                "step": step,
+                "timestep": int(t),
+                "sample": sample,
+                "latents": latents,
+                "pred_x0": getattr(result, "pred_original_sample", None),
+                "text": text,
+                "uncond": away,
+            }
 
 
 def denoise(*args, callback: Callable[[dict], None] | None = None, **settings) -> Tensor:

@@ -10,7 +10,9 @@ from conftest import LENGTH, WIDTH, literal_erase, tiny_pipeline, tiny_tokenizer
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -282,6 +284,29 @@ def test_a_family_is_read_drawn_and_encoded_by_its_own_pipeline(family, tmp_path
     with torch.no_grad():
         again.pipeline.text_encoder.get_input_embeddings().weight[0, 0] += 1
     assert ek.load(again.pipeline).fingerprint() != family.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "changes"),
+    [(FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}), (FlowMatchLCMScheduler, {})],
+)
+@pytest.mark.parametrize("name", ["sd3", "flux", "lumina2", "qwen"])
+def test_the_noise_on_the_way_of_a_flow_is_that_of_the_seed(name, sampler, changes):
+    """Their stock pipelines do not hand their generators on to the sampler."""
+    pipeline = tiny(name)
+    pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+    pipeline.set_progress_bar_config(disable=True)
+    model = ek.load(pipeline)
+    before = drawn(model, "a dog", steps=3)
+    np.testing.assert_array_equal(drawn(model, "a dog", steps=3), before)
+    assert "step" not in vars(pipeline.scheduler)
+
+    def stock() -> np.ndarray:
+        how = dict(height=before.shape[0], width=before.shape[1], num_inference_steps=3)
+        generator = torch.Generator().manual_seed(0)
+        return np.asarray(pipeline(prompt="a dog", generator=generator, **how).images[0]).astype(int)
+
+    assert np.abs(stock() - stock()).max() > 10  # control
 
 
 def test_encode_is_what_the_denoiser_of_a_family_is_fed(family):

@@ -16,7 +16,9 @@ from conftest import LENGTH, WIDTH, tiny_pipeline
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
     EulerAncestralDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
 )
@@ -26,7 +28,7 @@ from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 import erasekit as ek
-from erasekit import concepts, exercises, models, worlds
+from erasekit import concepts, exercises, miniatures, models, worlds
 from erasekit.concepts import Concept, as_concepts
 from erasekit.evaluate.runs import sampled_by
 from erasekit.sampling import config_of
@@ -69,6 +71,33 @@ def test_pictures_do_not_depend_on_batch_size_or_order(shared_model, batch_size)
     alone = shared_model.generate(PROMPTS[2], SEEDS[2], steps=4)
     assert np.array_equal(arrays(alone)[0], together[2])
     assert np.abs(together[1] - together[3]).max() > 20  # control: same seed, another prompt
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, miniatures.sdxl], ids=["own loop", "pipeline"])
+@pytest.mark.parametrize(
+    ("sampler", "changes"),
+    [
+        (EulerAncestralDiscreteScheduler, {}),
+        (LCMScheduler, {}),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        (DPMSolverSDEScheduler, {}),
+    ],
+)
+def test_the_noise_on_the_way_is_that_of_the_seed(make, sampler, changes):
+    """Of samplers that add noise at each step, beside whatever is drawn and whatever was drawn before."""
+    pipeline = make()
+    pipeline.scheduler = scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+    model = models.DiffusionModel(pipeline)
+    how = dict(steps=4, height=16, width=16)
+    first = arrays(model.generate(PROMPTS[:3], [3, 1, 1], **how))
+    moved = torch.get_rng_state()
+    alone = arrays(model.generate(PROMPTS[1:2], [1], **how))
+    assert np.abs(alone[0] - first[1]).max() <= 1
+    assert torch.equal(torch.get_rng_state(), moved)
+    assert (
+        np.abs(arrays(model.generate(PROMPTS[1:2], [2], **how)) - alone).max() > 10
+    )  # control: another seed
+    assert "step" not in vars(scheduler) and getattr(scheduler, "noise_sampler_seed", None) is None
 
 
 def test_pictures_do_not_depend_on_the_number_of_threads(shared_model):
