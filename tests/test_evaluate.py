@@ -1,5 +1,6 @@
 """Protocols, judges, metrics and runs: what is counted, and that no accident changes a count."""
 
+import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -844,6 +845,19 @@ def test_rereading_is_quick_and_draws_nothing(emoji, finished, monkeypatch, tmp_
     start = time.perf_counter()
     counted = runs.Run(tmp_path, many, {}).read_as(many.with_measures(looser)).measured()
     assert time.perf_counter() - start < 1 and counted["seen"]["n"] == 1000
+
+
+def test_a_label_that_no_judge_knows_is_told_before_the_rest_is_drawn(emoji, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PIECE", 4)
+    wolves = small((dataclasses.replace(SEEN, labels=("wolf",)),))
+    with pytest.raises(ValueError, match="knows no label wolf; it knows airplane, .*[.]{3}"):
+        runs.run(emoji, None, wolves, folder=tmp_path, progress=False)
+    (place,) = tmp_path.iterdir()
+    assert len(list((place / "pictures").glob("*.webp"))) == 4 < len(runs.shots(wolves))
+    mended = runs.run(emoji, None, small((SEEN,)), folder=tmp_path, progress=False)
+    assert (
+        mended.manifest["last"]["drawn"] == len(runs.shots(wolves)) - 4
+    )  # control: what was drawn is not lost
 
 
 def read_back(result):

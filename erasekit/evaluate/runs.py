@@ -278,7 +278,10 @@ def reading(measure: Measure, prompt: Prompt, record: dict | list) -> float:
         yes = bool(reached)
     else:
         if unknown := set(labels) - set(record):
-            raise ValueError(f"{measure.name}: {measure.judge} knows no label {', '.join(sorted(unknown))}")
+            known = ", ".join([*record][:10]) + (", ..." if len(record) > 10 else "")
+            raise ValueError(
+                f"{measure.name}: {measure.judge} knows no label {', '.join(sorted(unknown))}; it knows {known}"
+            )
         if measure.rule == "mean":
             return float(sum(record[label] for label in labels))
         if measure.rule == "first":
@@ -340,7 +343,7 @@ def run(
                 with _timed(seconds, "judge"):
                     for judge in judges:
                         todo = [shot for shot in piece if shot.key not in judged[judge.name]]
-                        _judge(judge, todo, index, place, rank)
+                        _judge(judge, todo, index, place, rank, protocol.measures)
                 bar.update(len(piece))
     if state:
         state.wait_for_everyone()
@@ -527,13 +530,21 @@ def _draw(model, missing: Sequence[Shot], protocol, attack, place: Path, rank: i
     return records
 
 
-def _judge(judge, todo: Sequence[Shot], index: dict, place: Path, rank: int) -> None:
+def _judge(
+    judge, todo: Sequence[Shot], index: dict, place: Path, rank: int, measures: Sequence[Measure]
+) -> None:
+    """Judge, keep the records, and see that they can be read: a wrong label is told before the rest is drawn."""
     if not todo:
         return
     pictures = [_picture(place, shot, index) for shot in todo]
     records = checked(judge, pictures, [shot.prompt.text for shot in todo])
     lines = [{"shot": shot.key, "record": record} for shot, record in zip(todo, records, strict=True)]
     append_sealed(place / "scores" / f"{_score_stem(judge)}.{rank}.jsonl", lines)
+    for measure in measures:
+        if measure.judge == judge.name:
+            for shot, record in zip(todo, records, strict=True):
+                if shot.prompt.role in measure.roles:
+                    reading(measure, shot.prompt, record)
 
 
 def _file(place: Path, shot: Shot) -> Path:
