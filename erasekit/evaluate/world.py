@@ -176,12 +176,13 @@ def measure(
     named = model.concepts(edit.metadata["concepts"]["erase"])
     erased = [concept.name for concept in named]
     prompts = whole_world(erased, target_pictures)
+    asked, utilities = protocol(prompts), utility(erased)
+    made = replace(EditMade.of(edit, preset), erased=tuple(erased))
     draw = lambda: judged(model, prompts, sampler=SAMPLER, steps=STEPS, progress=progress)
     before = draw()
     with edit.applied(model):
         after = draw()
-    counted, asked, utilities = erasure(before, after, erased), protocol(prompts), utility(erased)
-    made = replace(EditMade.of(edit, preset), erased=tuple(erased))
+    counted = erasure(before, after, erased)
     others = {
         label: runs.run(model, one, utilities, progress=progress)
         for label, one in ((ORIGINAL, None), (made.label, edit))
