@@ -124,6 +124,32 @@ def test_verdicts_of_a_file_with_two_edits_are_not_paired_with_themselves(folder
     assert (found["test"], found["difference"], found["verdict"]) == ("Fisher", -0.58, claims.AGREES)
 
 
+def test_a_file_that_keeps_its_verdicts_by_edit_is_paired_with_itself(folder):
+    """Each picture that edit b loses a has too; 2 of 100 against 60 of 100 as in the counts. Control: the same edit."""
+    kept = {
+        edit: {"target": {str(i): {"seeds": [*range(10)], "seen": of(i)} for i in range(10)}}
+        for edit, of in (
+            ("a", lambda i: f"{int(i == 0)}00000000{int(i == 1)}"),
+            ("b", lambda i: "1" * 6 + "0" * 4),
+        )
+    }
+    one = replace(records.read("one", folder), details={"verdicts": kept})
+    records.save(one, folder / "rounds.json")
+    cells = [
+        ("rounds | a | target", "rounds | b | target", "lower"),
+        ("rounds | a | target",) * 2 + ("lower",),
+    ]
+    found = claims.tested(rows(*cells), folder)
+    assert list(found["test"]) == ["pairs"] * 2
+    assert list(found["difference"]) == [-0.58, 0] and list(found["verdict"]) == [
+        claims.AGREES,
+        claims.UNSEEN,
+    ]
+    assert {m.edit for m in records.about(records.read("rounds", folder), "b").measurements} == {"b"}
+    with pytest.raises(records.NotKept, match="cannot be told apart"):
+        records.verdicts(records.read("rounds", folder), "target")
+
+
 def test_files_of_other_pictures_are_no_pairs(folder):
     kept = lambda seen: {"verdicts": {"target": {"prompt": {"seeds": [*range(len(seen))], "seen": seen}}}}
     row = records.Measurement("target", rate(1, 2), "original", "p", "hash")

@@ -350,6 +350,10 @@ def test_regeneration_draws_the_edits_it_names(emoji, tmp_path):
         by_hand = 3 / sum(1 / one for one in good) if min(good) else 0.0
         assert row["harmonic_mean"]["harmonic_mean"] == pytest.approx(by_hand, abs=1e-5)
     assert {row[kind]["n"] for row in (uce, rece) for kind in ("target", "attack", "others")} == {5}
+    for m in result.measurements:  # what is kept of each picture is what is counted
+        if "k" in m.value:
+            seen = records.verdicts(records.about(result, m.edit), m.measure)
+            assert (sum(seen.values()), len(seen)) == (m.value["k"], m.value["n"])
     assert "attack_after" in uce and "attack_after" not in rece  # the last round's door is open still
 
 

@@ -94,7 +94,7 @@ def _in_pairs(a: str, b: str, folder) -> dict | None:
     if len(measures) > 1 or len(named[0]) != len(named[1]):
         return None
     try:
-        two = ([_read(file, folder) for file, *_ in one] for one in named)
+        two = ([records.about(_read(file, folder), edit) for file, edit, *_ in one] for one in named)
         # a claim may be about two attacks
         found = records.paired(*two, *measures, attacks_differ=True, resamples=metrics.MANY)
     except records.NotKept:

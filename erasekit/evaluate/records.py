@@ -12,7 +12,7 @@ alone; `details` has what else an experiment tells: the course of a training, th
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -274,6 +274,15 @@ ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.comm
 
 class NotKept(ValueError):
     """A result file has no verdict of every picture."""
+
+
+def about(one: Result, edit: str) -> Result:
+    """What a file that keeps its verdicts by edit says of one edit; another file as it is."""
+    kept = one.details.get("verdicts", {})
+    if edit not in kept:
+        return one
+    own = tuple(m for m in one.measurements if m.edit == edit)
+    return replace(one, measurements=own, details=one.details | {"verdicts": kept[edit]})
 
 
 def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:

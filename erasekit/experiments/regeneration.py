@@ -32,7 +32,7 @@ from erasekit.emoji import data
 from erasekit.evaluate import runs, world
 from erasekit.evaluate.metrics import harmonic_mean
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
-from erasekit.evaluate.records import EditMade, Result, measurements, save
+from erasekit.evaluate.records import ORIGINAL, EditMade, Result, measurements, save
 from erasekit.layers import cross_attention_kv
 from erasekit.methods import rece
 from erasekit.models import DiffusionModel, load
@@ -95,15 +95,19 @@ def measure(
     aimed = tuple(p for p in asked.prompts if p.role == "target")
     attacked = replace(asked, prompts=aimed, measures=asked.measures[:1])
 
-    def rates(attack: torch.Tensor) -> dict:
-        return runs.run(model, None, attacked, attack=attack, folder=folder, progress=progress).measured()[
-            "target"
-        ]
+    verdicts: dict[str, dict] = {}  # by edit and measure
 
-    def without_attack() -> dict:
-        return runs.run(model, None, asked, folder=folder, progress=progress).measured()
+    def rates(edit: str, name: str, attack: torch.Tensor) -> dict:
+        run = runs.run(model, None, attacked, attack=attack, folder=folder, progress=progress)
+        verdicts.setdefault(edit, {})[name] = run.verdicts()["target"]
+        return {name: run.measured()["target"]}
 
-    found = [] if skip_before else measurements(without_attack(), asked)
+    def without_attack(edit: str) -> dict:
+        run = runs.run(model, None, asked, folder=folder, progress=progress)
+        verdicts.setdefault(edit, {}).update(run.verdicts())
+        return run.measured()
+
+    found = [] if skip_before else measurements(without_attack(ORIGINAL), asked)
     gram = weight_gram(layer.weight for layer in cross_attention_kv(model.unet).values())
     eye = torch.eye(gram.shape[0], dtype=torch.float64)
     edits, rounds, previous = {}, [], None
@@ -118,13 +122,14 @@ def measure(
         edits[label] = replace(own, config=own.config | {"epochs": state["step"]})
         with edit_k.applied(model):
             if state["step"] in (0, config.epochs):
-                row |= without_attack()
+                row |= without_attack(label)
                 kept = [1 - row["target"]["rate"], row["others"]["rate"]]
                 kept += [1 - row["synonyms"]["rate"]] if "synonyms" in row else []
                 row["harmonic_mean"] = {"harmonic_mean": round(harmonic_mean(kept), 5)}
-            row["attack"] = rates(attack)
+            row |= rates(label, "attack", attack)
             if previous is not None:
-                found += measurements({"attack_after": rates(previous)}, asked, rounds[-1]["edit"])
+                before = rounds[-1]["edit"]
+                found += measurements(rates(before, "attack_after", previous), asked, before)
         found += measurements(row, asked, label)
         residuals = {
             key: state[key]
@@ -141,7 +146,7 @@ def measure(
         machine=runs.machine(),
         edits=edits,
         measurements=tuple(found),
-        details={"steps": steps, "guidance": world.GUIDANCE, "rounds": rounds},
+        details={"steps": steps, "guidance": world.GUIDANCE, "rounds": rounds, "verdicts": verdicts},
     )
 
 
