@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,23 @@ def _look_up(phrase: str, vocabulary: Mapping[str, tuple[Concept, ...]]) -> tupl
     return vocabulary[key]
 
 
+def check_learned_words(tokenizer) -> None:
+    """ValueError for two textual inversions that differ in capitals alone: CLIP's tokenizer puts text in small letters,
+    and which of the two it then finds changes with every tokenizer that is made.
+    """
+    if isinstance(tokenizer, CLIPTokenizer):
+        spelt = {}
+        for token in tokenizer.added_tokens_encoder:
+            if (other := spelt.setdefault(token.lower(), token)) != token:
+                raise ValueError(
+                    f"{other!r} and {token!r} are one word to CLIP's tokenizer, and which of the two it takes is left "
+                    "to chance: load one of them under another name (load_textual_inversion(..., token=...))"
+                )
+
+
 def _written_out(tokenizer, text: str) -> str:
     """`text` as a pipeline converts it: the token of a textual inversion of several vectors as all of its tokens."""
+    check_learned_words(tokenizer)
     added = tokenizer.added_tokens_encoder  # a property that builds a dict
     several = any(f"{token}_1" in added for token in added)
     return TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer) if several else text
@@ -106,7 +122,8 @@ def content_ids(tokenizer, text: str) -> list[int]:
 def token_ids(tokenizer, prompts: Sequence[str]) -> Tensor:
     """Padded token ids, int64 (n, length), as Stable Diffusion feeds them; nothing is ever cut off.
 
-    Raises ValueError for a prompt over the limit or with characters the tokenizer does not know.
+    Raises ValueError for a prompt over the limit or with characters the tokenizer does not know, and as
+    `check_learned_words`.
     """
     limit = tokenizer.model_max_length
     for prompt in prompts:

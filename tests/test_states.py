@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import erasekit as ek
-from erasekit import edits, methods
+from erasekit import edits, methods, miniatures
 from erasekit.concepts import subject_span
 from erasekit.evaluate import records
 from erasekit.layers import cross_attention, record_attention
@@ -334,6 +334,30 @@ def test_all_vectors_of_a_textual_inversion_are_read_as_the_pipeline_reads_them(
     three, church = model.encode(["<three>", "church"])
     moved = edit.context_map.apply(three[3].double())  # its last vector
     assert (moved - church[1]).norm() < 0.5 * (three[3] - church[1]).norm()
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, miniatures.sdxl])
+def test_learned_words_that_differ_in_capitals_alone_are_refused(make):
+    """Which of the two a CLIP tokenizer takes is left to chance: findings/learned_words_take_ordinary_ones.sh."""
+    pipeline = make()
+    encoders = [name for name in ("", "_2") if hasattr(pipeline, f"text_encoder{name}")]
+
+    def load(word):
+        for name in encoders:
+            encoder, tokenizer = (
+                getattr(pipeline, f"{part}{name}") for part in ("text_encoder", "tokenizer")
+            )
+            vector = torch.ones(encoder.get_input_embeddings().weight.shape[1])
+            pipeline.load_textual_inversion(vector, token=word, text_encoder=encoder, tokenizer=tokenizer)
+
+    load("<Dog>")
+    load("<cat>")
+    model = ek.load(pipeline)
+    model.generate("a <Dog>", steps=1)  # control
+    load("<dog>")
+    for act in (lambda: model.generate("a church", steps=1), lambda: ek.uce.fit(model, "church")):
+        with pytest.raises(ValueError, match="'<Dog>' and '<dog>' are one word"):
+            act()
 
 
 class OwnKeys(nn.Module):
