@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from erasekit import checkpoints, filters, pipelines, worlds
-from erasekit.concepts import Concept, as_concepts, check_learned_words, token_ids
+from erasekit.concepts import Concept, as_concepts, token_ids
 from erasekit.conditioning import Conditioning, joined, told
 from erasekit.layers import FLOATS, check_editable, drop_unfused, sharing, text_projected_once, uncompiled
 from erasekit.paths import named_safetensors, replacing, write_atomically
@@ -321,8 +321,6 @@ class DiffusionModel:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if not self.own_loop:
-            for tokenizer in self.tokenizers:
-                check_learned_words(tokenizer)
             with tqdm(total=len(prompts), disable=not progress, unit="picture") as bar:
                 drawn = []
                 for first in range(0, len(prompts), batch_size):

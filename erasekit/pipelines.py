@@ -14,6 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from torch import Tensor
 
+from erasekit.concepts import check_learned_words
 from erasekit.sampling import own_noise
 
 # The sizes asked for, not the nearest of a list; captions as they are, whether or not ftfy and bs4 are installed.
@@ -26,7 +27,10 @@ def known(method: Callable) -> dict[str, inspect.Parameter]:
 
 
 def run(pipeline: DiffusionPipeline, **wanted):
-    """Call the pipeline with those of the arguments that it knows."""
+    """Call the pipeline with those of the arguments that it knows. ValueError as in `check_learned_words`."""
+    for part, one in pipeline.components.items():
+        if part.startswith("tokenizer"):
+            check_learned_words(one)
     names = known(pipeline.__call__)
     return pipeline(**{name: value for name, value in (PLAIN | wanted).items() if name in names})
 
