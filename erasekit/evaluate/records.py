@@ -9,6 +9,7 @@ A result file is a `Result` in JSON. Its measurements point to the edits by labe
 alone; `details` has what else an experiment tells: the course of a training, the texts that an attack found.
 """
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -169,27 +170,28 @@ def shown(value: dict) -> str:
 def paired(
     a: Result | Sequence[Result],
     b: Result | Sequence[Result],
-    measure: str,
+    measure: str | Sequence[str],
     attacks_differ: bool = False,
     resamples: int = metrics.RESAMPLES,
 ) -> dict:
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
     a, b: sequences of files are taken one to one, and their pictures together. measure: of attacks "raw", "attack" or
-    "alone". attacks_differ: two attacks are compared on the same prompts and seeds; of one attack the budgets must
-    agree still. resamples: as there. `NotKept` for a file that does not keep every picture's verdict, ValueError for
-    two protocols or other pictures.
+    "alone"; of several the pictures are taken together. attacks_differ: two attacks are compared on the same prompts
+    and seeds; of one attack the budgets must agree still. resamples: as there. `NotKept` for a file that does not keep
+    every picture's verdict, ValueError for two protocols or other pictures.
     """
     before, after, where = [], [], []
-    for two in zip(*([one] if isinstance(one, Result) else one for one in (a, b)), strict=True):
-        first, second = (verdicts(one, measure) for one in two)
+    files = zip(*([one] if isinstance(one, Result) else one for one in (a, b)), strict=True)
+    for two, name in itertools.product(files, [measure] if isinstance(measure, str) else measure):
+        first, second = (verdicts(one, name) for one in two)
         unlike = attacks_differ and len({one.details.get("attack") for one in two}) == 2
-        about = "raw" if unlike else measure
-        hashes = {m.hash for one in two for m in one.measurements if m.measure == about}
+        same = "raw" if unlike else name
+        hashes = {m.hash for one in two for m in one.measurements if m.measure == same}
         if len(hashes) != 1:
-            raise ValueError(f"{about} was measured under {len(hashes)} protocols: pairs need the same one")
+            raise ValueError(f"{same} was measured under {len(hashes)} protocols: pairs need the same one")
         if first.keys() != second.keys():
-            raise ValueError(f"{measure}: {len(first.keys() ^ second.keys())} pictures are in one file alone")
+            raise ValueError(f"{name}: {len(first.keys() ^ second.keys())} pictures are in one file alone")
         where += first
         before += first.values()
         after += [second[key] for key in first]
