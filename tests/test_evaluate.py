@@ -885,6 +885,11 @@ def test_compare_pairs_the_same_pictures(emoji, finished):
     assert set(table.protocol) == {small().short}
     kept = [runs_.result() for runs_ in (finished, after)]
     assert records.paired(*map(read_back, kept), SEEN.name) == difference
+    both = records.paired(*kept, [SEEN.name, KEPT.name])  # the pictures of two measures together
+    alone = [records.paired(*kept, one.name) for one in (SEEN, KEPT)]
+    assert both["n"] == sum(one["n"] for one in alone) > alone[0]["n"]
+    weighed = sum(one["difference"] * one["n"] for one in alone) / both["n"]
+    assert both["difference"] == pytest.approx(weighed, abs=1e-5) and alone[0]["difference"] != weighed
     with pytest.raises(ValueError, match="2 protocols"):
         records.paired(kept[0], replace(kept[1], measurements=renamed(kept[1].measurements)), SEEN.name)
     with pytest.raises(ValueError, match="no verdicts"):

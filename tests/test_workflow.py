@@ -425,6 +425,11 @@ def test_a_cell_whose_build_was_stopped_has_no_verdict(tmp_path, monkeypatch):
     assert audit.rows_of(tmp_path / "audit.csv")["verdict"].tolist() == ["failed"] * 2
 
 
+def test_every_committed_file_of_objects_contexts_and_weapons_keeps_its_verdicts():
+    """So that all of them are compared in pairs."""
+    assert audit.older() == []
+
+
 def test_the_committed_audit_is_about_committed_files():
     rows = audit.standing()
     assert len(rows) and set(rows["verdict"]) <= {"same", "counts", "differs", "failed"}
