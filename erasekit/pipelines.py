@@ -94,9 +94,7 @@ def pictures(
     with own_noise(pipeline.scheduler, generators):
         drawn = run(
             pipeline,
-            prompt=list(
-                prompts
-            ),  # a new list: Z-Image's pipeline writes its template into the one it is given
+            prompt=[*prompts],  # a new list: Z-Image's pipeline writes its template into it
             generator=generators,
             **size,
             **wanted,
