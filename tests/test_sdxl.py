@@ -249,7 +249,7 @@ def test_a_lora_takes_the_attention_from_the_concept(model, tmp_path):
     """
     (concept,) = model.concepts("church")
     settings = mace.Config(
-        templates=("a {}",), iterations=30, lr=3e-2, batch=2, pictures=2, sampler=3, guidance=3.0, focal=False
+        templates=("a {}",), iterations=60, lr=3e-2, batch=2, pictures=2, sampler=3, guidance=3.0, focal=False
     )
     pictures = mace.shown(model, concept, settings, 0)
     assert pictures.latents.shape == (2, 4, 8, 8) and 0 < pictures.masks.mean() <= 1
