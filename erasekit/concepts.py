@@ -108,7 +108,6 @@ def check_learned_words(tokenizer) -> None:
 
 def _written_out(tokenizer, text: str) -> str:
     """`text` as a pipeline converts it: the token of a textual inversion of several vectors as all of its tokens."""
-    check_learned_words(tokenizer)
     added = tokenizer.added_tokens_encoder  # a property that builds a dict
     several = any(f"{token}_1" in added for token in added)
     return TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer) if several else text
@@ -125,6 +124,7 @@ def token_ids(tokenizer, prompts: Sequence[str]) -> Tensor:
     Raises ValueError for a prompt over the limit or with characters the tokenizer does not know, and as
     `check_learned_words`.
     """
+    check_learned_words(tokenizer)
     limit = tokenizer.model_max_length
     for prompt in prompts:
         if not isinstance(prompt, str):
