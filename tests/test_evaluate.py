@@ -1475,7 +1475,8 @@ def test_an_ablation_goes_on(tmp_path, monkeypatch):
     from erasekit.evaluate import records
     from erasekit.experiments import ablation
 
-    monkeypatch.setattr(ablation.runs, "run", lambda *_, **__: SimpleNamespace(measured=dict))
+    drawn = SimpleNamespace(measured=dict, verdicts=lambda: {"target": {"before": {}}})
+    monkeypatch.setattr(ablation.runs, "run", lambda *_, **__: drawn)
 
     done = []
 
@@ -1486,7 +1487,8 @@ def test_an_ablation_goes_on(tmp_path, monkeypatch):
         config = replace(ablation.DEFAULT[method], **changes)
         told = records.plain(asdict(config))
         made = records.EditMade(method, records.changes(told, ablation.DEFAULT[method]), told, ("dog",))
-        return made, records.measurements({"target": metrics.rate(1, 2)}, asked), {}
+        seen = {"target": records.kept([("a dog", 0), ("a dog", 1)], [1, 0])}
+        return made, records.measurements({"target": metrics.rate(1, 2)}, asked), seen, {}
 
     monkeypatch.setattr(ablation, "measure", measured)
     names = ["ESD-x", "ESD-u", "eta 3"]
@@ -1498,3 +1500,21 @@ def test_an_ablation_goes_on(tmp_path, monkeypatch):
     ablation.main()
     assert list(records.read(tmp_path / "a.json").edits) == names
     assert len(done) == 4  # the first variant was not measured again
+    whole = records.read(tmp_path / "a.json")
+    assert {
+        m.edit: records.verdicts(records.about(whole, m.edit), m.measure) for m in whole.measurements
+    } == {name: {("a dog", 0): 1, ("a dog", 1): 0} for name in names}
+    # a file whose second variant has no verdicts, as files were before: it is measured again, and in its place
+    del whole.details["verdicts"]["ESD-u"]
+    records.save(whole, tmp_path / "a.json")
+    ablation.main()
+    assert len(done) == 5 and records.read(tmp_path / "a.json").details["verdicts"].keys() == {
+        "original",
+        *names,
+    }
+    assert list(records.read(tmp_path / "a.json").edits) == names
+    # another order, and one that was not asked for
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:5], "--only", "eta 0.5", "--only", "eta 3"])
+    ablation.main()
+    whole = records.read(tmp_path / "a.json")
+    assert list(whole.edits) == ["eta 0.5", "eta 3", "ESD-x", "ESD-u"] == [m.edit for m in whole.measurements]

@@ -12,7 +12,7 @@ alone; `details` has what else an experiment tells: the course of a training, th
 import itertools
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -298,8 +298,20 @@ def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:
     return by_picture(one.details["verdicts"][measure])
 
 
+def kept(pictures: Iterable[tuple[str, int]], seen: Iterable) -> dict[str, dict]:
+    """One measure's verdicts as files keep them: {prompt: {"seeds": [0, 1, 2], "seen": "011"}}. pictures: (prompt,
+    seed) of each. `by_picture` reads them.
+    """
+    found: dict[str, dict] = {}
+    for (prompt, seed), verdict in zip(pictures, seen, strict=True):
+        of = found.setdefault(prompt, {"seeds": [], "seen": ""})
+        of["seeds"].append(seed)
+        of["seen"] += str(int(verdict))
+    return found
+
+
 def by_picture(kept: dict[str, dict]) -> dict[tuple[str, int], int]:
-    """{(prompt, seed): 0 or 1} of one measure as `Run.verdicts` keeps it."""
+    """{(prompt, seed): 0 or 1} of one measure: what `kept` gives."""
     return {
         (prompt, seed): int(verdict)
         for prompt, of in kept.items()

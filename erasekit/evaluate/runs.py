@@ -43,7 +43,7 @@ from erasekit.edits import Edit, applied
 from erasekit.evaluate import metrics
 from erasekit.evaluate.judges import FEATURES, JUDGES, SURE, checked
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol
-from erasekit.evaluate.records import EditMade, Result, measurements, shown
+from erasekit.evaluate.records import EditMade, Result, kept, measurements, shown
 from erasekit.models import DiffusionModel
 from erasekit.paths import BUILD, replacing, write_atomically
 from erasekit.sampling import config_of, switched
@@ -229,17 +229,12 @@ class Run:
         )  # fmt: skip
 
     def verdicts(self) -> dict[str, dict[str, dict]]:
-        """{measure: {prompt: {"seeds": [0, 1, 2], "seen": "011"}}} of all rates."""
-        found = {}
-        for measure in self.protocol.measures:
-            if measure.rule in ("mean", "count"):
-                continue
-            of = found.setdefault(measure.name, {})
-            for prompt, seed, value in zip(*self.clusters(measure), self.values(measure), strict=True):
-                one = of.setdefault(prompt, {"seeds": [], "seen": ""})
-                one["seeds"].append(seed)
-                one["seen"] += str(int(value))
-        return found
+        """{measure: `records.kept`} of all rates."""
+        return {
+            measure.name: kept(zip(*self.clusters(measure), strict=True), self.values(measure))
+            for measure in self.protocol.measures
+            if measure.rule not in ("mean", "count")
+        }
 
     def outcomes(self) -> dict[str, dict[str, int]]:
         """{measure: {"still there", "something else", "nothing": pictures}} of what is erased, by a classifier's first

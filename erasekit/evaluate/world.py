@@ -12,7 +12,7 @@ from erasekit.emoji import data, judge
 from erasekit.evaluate import runs
 from erasekit.evaluate.metrics import rate, text
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol, utility
-from erasekit.evaluate.records import ORIGINAL, EditMade, Result, measurements
+from erasekit.evaluate.records import ORIGINAL, EditMade, Result, kept, measurements
 from erasekit.evaluate.runs import machine
 from erasekit.models import DiffusionModel
 
@@ -124,18 +124,35 @@ def erasure(before: pd.DataFrame, after: pd.DataFrame, erased: Sequence[str]) ->
     """
     if list(before.prompt) != list(after.prompt) or list(before.seed) != list(after.seed):
         raise ValueError("before and after must be the same prompts and seeds in the same order")
-    styles = set(erased) <= set(data.STYLES)
-    column, measure = ("style", style_rate) if styles else ("concept", object_rate)
     result: dict = {"erased": list(erased)}
     for name, table in (("before", before), ("after", after)):
-        target = table[column].isin(erased)
-        if not target.any():
-            raise ValueError(f"none of the prompts is about {', '.join(erased)}")
-        result[name] = {"target": measure(table[target]), "others": measure(table[~target])}
-        if styles:
+        result[name] = {
+            part: rate(int(right.sum()), len(right)) for part, right in _right(table, erased).items()
+        }
+        if set(erased) <= set(data.STYLES):
             result[name]["objects"] = object_rate(table)
     result["others_fall"] = round(result["before"]["others"]["rate"] - result["after"]["others"]["rate"], 5)
     return result
+
+
+def _right(table: pd.DataFrame, erased: Sequence[str]) -> dict[str, pd.Series]:
+    """Of the pictures about what was erased ("target") and of the rest ("others"): does the judge see the concept of
+    the prompt, or for erased styles the style? With the table's index.
+    """
+    column, seen = ("style", "drawn_style") if set(erased) <= set(data.STYLES) else ("concept", "shown")
+    target, right = table[column].isin(erased), table[seen] == table[column]
+    if not target.any():
+        raise ValueError(f"none of the prompts is about {', '.join(erased)}")
+    return {"target": right[target], "others": right[~target]}
+
+
+def _verdicts(table: pd.DataFrame, erased: Sequence[str]) -> dict[str, dict]:
+    """{measure: `records.kept`} behind the rates of `erasure`."""
+    pictures = lambda part: table.loc[part.index, ["prompt", "seed"]].itertuples(index=False)
+    return {
+        name: kept(((prompt, int(seed)) for prompt, seed in pictures(part)), part)
+        for name, part in _right(table, erased).items()
+    }
 
 
 def subject(model: DiffusionModel) -> dict:
@@ -188,8 +205,10 @@ def measure(
         for label, one in ((ORIGINAL, None), (made.label, edit))
     }
     found = measurements(counted["before"], asked) + measurements(counted["after"], asked, made.label)
-    for label, run in others.items():
+    verdicts = {}
+    for (label, run), table in zip(others.items(), (before, after), strict=True):
         found += measurements(run.measured(), utilities, label)
+        verdicts[label] = run.verdicts() | _verdicts(table, erased)
     for feature in utilities.features:
         apart = runs.distances(*(one.features(feature) for one in others.values()))
         distances = {name: {"value": apart[name]} for name in apart if name != "n"}
@@ -202,5 +221,5 @@ def measure(
         machine=machine(),
         edits={made.label: made},
         measurements=tuple(found),
-        details={"steps": STEPS, "guidance": GUIDANCE},
+        details={"steps": STEPS, "guidance": GUIDANCE, "verdicts": verdicts},
     )

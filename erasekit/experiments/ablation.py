@@ -13,7 +13,8 @@ Each variant changes the method's preset "emoji" in what `VARIANTS` says of it. 
     drift      how far the embedding of the empty prompt has moved, relative to its length
     seconds    of the training's iterations, not of drawing the states that they share; of a closed form, of `fit`
 
-and once for each file, under "before", what the model draws before any edit.
+and once for each file, of "original", what the model draws before any edit. details["verdicts"] has the verdict of
+each picture, by variant and measure: `records.about` reads those of one variant.
 
 A small run for comparing settings with each other; `erasekit run` and `erasekit attack` measure a method. What is done
 is kept: an interrupted call goes on, and variants are added to the file as they are finished.
@@ -31,7 +32,18 @@ from erasekit.attacks import unlearndiff
 from erasekit.emoji import data
 from erasekit.evaluate import runs, world
 from erasekit.evaluate.protocols import Measure, Prompt, Protocol, associations, synonyms, weapons
-from erasekit.evaluate.records import EditMade, Measurement, Result, measurements, plain, read, save, shown
+from erasekit.evaluate.records import (
+    ORIGINAL,
+    EditMade,
+    Measurement,
+    Result,
+    kept,
+    measurements,
+    plain,
+    read,
+    save,
+    shown,
+)
 from erasekit.experiments import stages
 from erasekit.methods import METHODS
 from erasekit.models import DiffusionModel, load
@@ -281,9 +293,9 @@ def measure(
     attempts: int,
     preserve: Sequence[str] = (),
     progress: bool = True,
-) -> tuple[EditMade, list[Measurement], dict]:
-    """One variant: the edit, its measurements of the module's table, still without the variant as their edit, and
-    the course of its training.
+) -> tuple[EditMade, list[Measurement], dict[str, dict], dict]:
+    """One variant: the edit, its measurements of the module's table, still without the variant as their edit, the
+    verdicts behind their rates (`runs.Run.verdicts`, those of the attack among them), and the course of its training.
     """
     (concept,) = asked.erased
     config = replace(DEFAULT[method], **changes)
@@ -303,7 +315,10 @@ def measure(
     victim = edit.merged(model)
     before, after = model.encode(""), victim.encode("")
     about = {"machine": runs.machine()}
-    found = measurements(done.measured(), asked, seconds=round(seconds, 1), **about)
+    found, verdicts = (
+        measurements(done.measured(), asked, seconds=round(seconds, 1), **about),
+        done.verdicts(),
+    )
     drift = {"value": round(float((after - before).norm() / before.norm()), 5)}
     found += measurements({"drift": drift}, asked, **about)
     if attempts:
@@ -312,6 +327,8 @@ def measure(
             "unlearndiff", victim, model, staged, config=attacker(attempts), progress=progress
         )
         success = {"attack": attacked.success()}
+        pictures = ((one.prompt, one.seed) for one in attacked.attempts)
+        verdicts["attack"] = kept(pictures, (one.raw or one.reached for one in attacked.attempts))
         found += measurements(success, attacked.asked, attack=attacked.attack, **about)
     course = [
         {
@@ -322,7 +339,7 @@ def measure(
         for state in states[::10]
     ]
     told = {name: asdict(value) if is_dataclass(value) else value for name, value in changes.items()}
-    return EditMade.of(edit, DEFAULT[method]), found, {"changes": told, "course": course}
+    return EditMade.of(edit, DEFAULT[method]), found, verdicts, {"changes": told, "course": course}
 
 
 def main() -> None:
@@ -344,7 +361,7 @@ def main() -> None:
     asked = protocol(given.concept, sentences=given.method in ("mace", "realera"))
     kept = "".join(f" --preserve {json.dumps(name)}" for name in given.preserve)
     words = f"{given.method} {json.dumps(given.concept)}{kept} --attempts {given.attempts}"
-    before = runs.run(model, None, asked, progress=True).measured()
+    before = runs.run(model, None, asked, progress=True)
     settings = {
         "method": given.method,
         "attempts": given.attempts,
@@ -356,30 +373,51 @@ def main() -> None:
         "ablation",
         **world.subject(model),
         erased=(given.concept,),
-        measurements=tuple(measurements(before, asked)),
-        details=plain(settings | {"variants": {}}),
+        measurements=tuple(measurements(before.measured(), asked)),
+        details=plain(settings | {"variants": {}, "verdicts": {ORIGINAL: before.verdicts()}}),
     )
     if given.out.exists():
         whole = going_on(whole, read(given.out))
-    for name in given.only or VARIANTS[given.method]:
+    names = given.only or list(VARIANTS[given.method])
+    for name in names:
         changes = VARIANTS[given.method][name]
         config = plain(asdict(replace(DEFAULT[given.method], **changes)))
-        if name in whole.edits and whole.edits[name].config == config:
+        done = whole.details["verdicts"].keys() & whole.edits.keys()
+        if name in done and whole.edits[name].config == config:
             continue
-        edit, found, course = measure(model, given.method, asked, changes, given.attempts, given.preserve)
+        edit, found, verdicts, course = measure(
+            model, given.method, asked, changes, given.attempts, given.preserve
+        )
         rows = [m for m in whole.measurements if m.edit != name] + [replace(m, edit=name) for m in found]
-        details = whole.details | {"variants": whole.details["variants"] | {name: course}}
+        said = {"variants": course, "verdicts": verdicts}
+        details = whole.details | {key: whole.details[key] | {name: one} for key, one in said.items()}
         whole = replace(whole, edits=whole.edits | {name: edit}, measurements=tuple(rows), details=details)
-        save(whole, given.out)
+        save(in_order(whole, names), given.out)
         print(name, {m.measure: shown(m.value) for m in found})
 
 
+def in_order(whole: Result, names: Sequence[str]) -> Result:
+    """The variants in the order of `names`, and after them those that are not among these."""
+    order = [ORIGINAL, *(name for name in names if name in whole.edits)]
+    order += [name for name in whole.edits if name not in order]
+    sorted_ = lambda of: {name: of[name] for name in order if name in of}
+    details = whole.details | {key: sorted_(whole.details[key]) for key in ("variants", "verdicts")}
+    rows = tuple(sorted(whole.measurements, key=lambda m: order.index(m.edit)))
+    return replace(whole, edits=sorted_(whole.edits), measurements=rows, details=details)
+
+
 def going_on(new: Result, old: Result) -> Result:
-    """The old file under the new command if its variants were measured as new ones will be, else the new one."""
+    """The old file under the new command if its variants were measured as new ones will be, else the new one. A file
+    of before verdicts were kept has none of its variants': they are measured again.
+    """
     same = (new.fingerprint, new.erased) == (old.fingerprint, old.erased)
-    same &= all(old.details.get(key) == value for key, value in new.details.items() if key != "variants")
+    settings = {key: value for key, value in new.details.items() if key not in ("variants", "verdicts")}
+    same &= all(old.details.get(key) == value for key, value in settings.items())
     hashes = {m.hash[:8] for m in (*new.measurements, *old.measurements) if m.attack is None}
-    return replace(old, command=new.command) if same and len(hashes) == 1 else new
+    if not same or len(hashes) != 1:
+        return new
+    verdicts = old.details.get("verdicts", {}) | new.details["verdicts"]
+    return replace(old, command=new.command, details=old.details | {"verdicts": verdicts})
 
 
 if __name__ == "__main__":
