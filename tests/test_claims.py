@@ -48,9 +48,14 @@ def test_equal_rates_are_no_difference():
     assert found["difference"] == 0 and found["low"] < 0 < found["high"] and found["p"] == pytest.approx(1)
 
 
+def made_up(seen):
+    """Verdicts of ten prompts with ten seeds. seen: of a prompt those of its seeds, as "0110010000"."""
+    return {str(prompt): {"seeds": [*range(10)], "seen": seen(prompt)} for prompt in range(10)}
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """One made-up file: 2/100 and 60/100, of two steps."""
+    """One made-up file: 2/100 and 60/100 with their verdicts by edit, and counts of two steps."""
     made = records.EditMade("uce", "", {}, ("dog",))
     rows = [
         records.Measurement("target", rate(2, 100), "a", "p"),
@@ -59,9 +64,14 @@ def folder(tmp_path):
         records.Measurement("others", rate(4, 10), "a", "p", step="rounded"),
         records.Measurement("score", {"n": 9, "mean": 0.5, "low": 0.4, "high": 0.6}, "a", "p"),
     ]
-    made_up = records.Result("", "protocol", edits={"a": made, "b": made}, measurements=tuple(rows))
-    records.save(made_up, tmp_path / "one.json")
-    records.save(made_up, tmp_path / "two.json")
+    verdicts = {
+        "a": {"target": made_up(lambda prompt: f"{int(prompt == 0)}00000000{int(prompt == 1)}")},
+        "b": {"target": made_up(lambda prompt: "1" * 6 + "0" * 4)},
+    }
+    about = {"edits": {"a": made, "b": made}, "measurements": tuple(rows), "details": {"verdicts": verdicts}}
+    one = records.Result("", "protocol", **about)
+    records.save(one, tmp_path / "one.json")
+    records.save(one, tmp_path / "two.json")
     return tmp_path
 
 
@@ -93,61 +103,75 @@ def test_verdicts_of_made_up_records_and_the_control_that_flips_them(folder):
     assert found.loc[4, ["k_a", "p", "holm"]].isna().all()
 
 
-def test_claims_are_tested_in_pairs_where_every_verdict_is_kept(folder):
-    """Two lists that fail on mostly the same pictures. Control: without verdicts the same counts are no difference."""
+def test_claims_are_tested_in_pairs(folder):
+    """Two lists that fail on mostly the same pictures. Controls: by the counts alone no difference is seen; a file
+    without verdicts is no evidence.
+    """
     for name, k in (("less", 110), ("more", 120)):
         # no prompt and no seed has all that differ
         seen = {(i % 20, (i + i // 20) % 10): int(i < k) for i in range(200)}
-        of = {
-            str(prompt): {"seeds": [*range(10)], "seen": [seen[prompt, seed] for seed in range(10)]}
-            for prompt in range(20)
-        }
+        pictures = sorted(seen)
+        of = records.kept([(str(prompt), seed) for prompt, seed in pictures], [seen[one] for one in pictures])
         row = records.Measurement("target", rate(k, 200), "original", "p", "hash")
         one = records.Result("", "protocol", measurements=(row,), details={"verdicts": {"target": of}})
         records.save(one, folder / f"{name}.json")
-        records.save(replace(one, details={}), folder / f"{name}-counted.json")
-    cells = [
-        (f"less{kept} | original | target", f"more{kept} | original | target", "lower")
-        for kept in ("", "-counted")
-    ]
-    found = claims.tested(rows(*cells), folder)
-    assert list(found["test"]) == ["pairs", "Fisher"]
-    assert list(found["difference"]) == [-0.05, -0.05]
-    assert list(found["verdict"]) == [claims.AGREES, claims.UNSEEN]
+        records.save(replace(one, command="make less", details={}), folder / f"{name}-counted.json")
+    cells = ("less | original | target", "more | original | target", "lower")
+    found = claims.tested(rows(cells), folder).iloc[0]
+    assert (found["difference"], found["verdict"]) == (-0.05, claims.AGREES)
+    assert metrics.difference(rate(110, 200), rate(120, 200))["p"] > 0.05
+    for cell in ("less-counted", "more-counted"):
+        with pytest.raises(ValueError, match="no verdicts of target were kept: run it again, make less"):
+            claims.tested(rows((cells[0], f"{cell} | original | target", "lower")), folder)
 
 
 def test_verdicts_of_a_file_with_two_edits_are_not_paired_with_themselves(folder):
     of = {"prompt": {"seeds": [*range(100)], "seen": "01" * 50}}
     one = replace(records.read("one", folder), details={"verdicts": {"target": of}})
     records.save(one, folder / "both.json")
-    found = claims.tested(rows(("both | a | target", "both | b | target", "lower")), folder).iloc[0]
-    assert (found["test"], found["difference"], found["verdict"]) == ("Fisher", -0.58, claims.AGREES)
+    with pytest.raises(
+        ValueError, match="2 measurements of target in one file: its verdicts cannot be told apart"
+    ):
+        claims.tested(rows(("both | a | target", "both | b | target", "lower")), folder)
 
 
 def test_a_file_that_keeps_its_verdicts_by_edit_is_paired_with_itself(folder):
-    """Each picture that edit b loses a has too; 2 of 100 against 60 of 100 as in the counts. Control: the same edit."""
-    kept = {
-        edit: {"target": {str(i): {"seeds": [*range(10)], "seen": of(i)} for i in range(10)}}
-        for edit, of in (
-            ("a", lambda i: f"{int(i == 0)}00000000{int(i == 1)}"),
-            ("b", lambda i: "1" * 6 + "0" * 4),
-        )
-    }
+    one = records.read("one", folder)
+    assert {m.edit for m in records.about(one, "b").measurements} == {"b"}
+    for edit, k in (("a", 2), ("b", 60)):
+        assert sum(records.verdicts(records.about(one, edit), "target").values()) == k
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        records.verdicts(one, "target")
+
+
+def test_two_measures_of_the_same_pictures_are_paired(folder):
+    """Control: the other way round the sign is the other; of several measures on one side there are no pairs."""
+    one = records.read("one", folder)
+    more = replace(one.measurements[1], measure="target after", value=rate(30, 100))
+    details = one.details["verdicts"]["b"] | {"target after": made_up(lambda prompt: "1" * 3 + "0" * 7)}
+    verdicts = one.details["verdicts"] | {"b": details}
+    two = replace(one, measurements=(*one.measurements, more), details={"verdicts": verdicts})
+    records.save(two, folder / "after.json")
+    cells = ["after | b | target after", "after | b | target"]
+    found = claims.tested(rows((*cells, "lower"), (*cells[::-1], "lower")), folder)
+    assert list(found["difference"]) == [-0.3, 0.3]
+    assert found.loc[0, ["k_a", "k_b"]].tolist() == [30, 60]
+    assert (found.loc[0, "low"], found.loc[0, "high"]) == (-found.loc[1, "high"], -found.loc[1, "low"])
+    with pytest.raises(ValueError, match="one measure, .* has target, target after"):
+        claims.tested(rows(("; ".join(cells), "after | b | target; after | b | target", "lower")), folder)
+
+
+def test_a_difference_that_is_seen_alone_is_adjusted_for_the_others(folder):
+    """Eight of a hundred pictures, no two of a prompt or a seed; then beside nineteen comparisons that show nothing."""
+    none, eight = made_up(lambda i: "0" * 10), made_up(lambda i: f"{10**i * (i < 8):010d}")
+    kept = {"a": {"target": none}, "b": {"target": eight}}
     one = replace(records.read("one", folder), details={"verdicts": kept})
-    records.save(one, folder / "rounds.json")
-    cells = [
-        ("rounds | a | target", "rounds | b | target", "lower"),
-        ("rounds | a | target",) * 2 + ("lower",),
-    ]
-    found = claims.tested(rows(*cells), folder)
-    assert list(found["test"]) == ["pairs"] * 2
-    assert list(found["difference"]) == [-0.58, 0] and list(found["verdict"]) == [
-        claims.AGREES,
-        claims.UNSEEN,
-    ]
-    assert {m.edit for m in records.about(records.read("rounds", folder), "b").measurements} == {"b"}
-    with pytest.raises(records.NotKept, match="cannot be told apart"):
-        records.verdicts(records.read("rounds", folder), "target")
+    a, b = (records.about(one, edit) for edit in "ab")
+    alone = records.paired(a, b, "target", resamples=metrics.MANY)["p"]
+    assert 0.0025 < alone <= 0.05 and records.differ({}) == {}
+    assert records.differ({"of": (a, b, "target")}) == {"of": True}
+    many = records.differ({"of": (a, b, "target")} | {str(i): (a, a, "target") for i in range(19)})
+    assert not any(many.values()) and len(many) == 20
 
 
 def test_files_of_other_pictures_are_no_pairs(folder):

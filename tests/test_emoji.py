@@ -412,6 +412,17 @@ def test_a_run_is_written_as_records(emoji, tmp_path, monkeypatch, capsys):
         "CMMD",
     }
     assert found.value("Frechet", "uce")["value"] >= 0
+    rates = [m for m in found.measurements if "k" in m.value]
+    for m in rates:
+        seen = records.verdicts(records.about(found, m.edit), m.measure)
+        assert (sum(seen.values()), len(seen)) == (m.value["k"], m.value["n"])
+    assert {m.measure for m in rates} == {"target", "others", "objects", "styles"}
+    about = lambda edit, name: records.verdicts(records.about(found, edit), name).keys()
+    assert (
+        about("uce", "target")
+        == about("original", "target")
+        == {(p.text, 0) for p in asked if p.concept == "church"}
+    )
     assert found.command.endswith(f"--out {tmp_path / 'r.json'}") and "--lam 0.3" in found.command
 
 

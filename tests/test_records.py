@@ -37,6 +37,26 @@ def result() -> Result:
     )  # fmt: skip
 
 
+def test_committed_verdicts_add_up_to_the_committed_counts():
+    """Of every rate whose file keeps the verdict of each picture."""
+    kinds = set()
+    for path in sorted(RESULTS.glob("*.json")):
+        whole = records.read(path.stem, RESULTS)
+        for one in whole.measurements:
+            own = records.about(whole, one.edit)
+            there = one.measure in (own.details.get("verdicts") or {}) or "attempts" in own.details
+            if (
+                "k" not in one.value
+                or not there
+                or sum(m.measure == one.measure for m in own.measurements) > 1
+            ):
+                continue
+            seen = records.verdicts(own, one.measure)
+            assert (sum(seen.values()), len(seen)) == (one.value["k"], one.value["n"]), (path.stem, one)
+            kinds.add(whole.kind)
+    assert kinds >= {"protocol", "attack", "regeneration", "search", "ablation", "run"}
+
+
 def test_a_file_gives_back_what_was_written(result, tmp_path):
     records.save(result, tmp_path / "one.json")
     assert records.read(tmp_path / "one.json") == result == records.read("one", tmp_path)

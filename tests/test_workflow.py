@@ -347,7 +347,7 @@ def test_files_without_verdicts_are_older_and_go_first(tmp_path, monkeypatch):
     assert audit.rows_of(log)[["draw", "verdict"]].values.tolist() == [["older", "counts"], ["lot", "same"]]
     (tmp_path / f"{last}.json").write_text(whole)
     assert audit.older(["context"]) == []
-    with pytest.raises(ValueError, match="--older is for objects, context, weapons: files of attack"):
+    with pytest.raises(ValueError, match="--older is for objects, context, weapons, .*: files of attack"):
         audit.older(["attack"])
 
 
@@ -425,9 +425,9 @@ def test_a_cell_whose_build_was_stopped_has_no_verdict(tmp_path, monkeypatch):
     assert audit.rows_of(tmp_path / "audit.csv")["verdict"].tolist() == ["failed"] * 2
 
 
-def test_every_committed_file_of_objects_contexts_and_weapons_keeps_its_verdicts():
+def test_every_committed_file_of_objects_contexts_weapons_and_ablations_keeps_its_verdicts():
     """So that all of them are compared in pairs."""
-    assert audit.older() == []
+    assert audit.older([*audit.PROTOCOLS, "ablation"]) == []
 
 
 def test_the_committed_audit_is_about_committed_files():
@@ -438,8 +438,9 @@ def test_the_committed_audit_is_about_committed_files():
     by_lot, older = (
         (len(part), part.sum()) for part in (agree[rows["draw"] == draw] for draw in ("lot", "older"))
     )
-    drawn = [*audit.PAIRED]
-    assert set(rows["cell"]) <= set(audit.lot(drawn))
+    assert set(rows["cell"]) <= set(audit.lot(audit.PAIRED))
+    drawn = audit.lot(audit.PROTOCOLS)
+    assert set(rows.loc[rows["draw"] == "lot", "cell"]) <= set(drawn)
     read = " ".join((ROOT / "README.md").read_text().split())
     assert f"The {len(audit.lot())} cells of the grid" in read
     assert (
@@ -450,4 +451,4 @@ def test_the_committed_audit_is_about_committed_files():
         "that older code had made {} more were built again, and {} have the same counts".format(*older)
         in read
     )
-    assert f"among the {len(audit.lot(drawn))} of these three kinds" in read
+    assert f"among the {len(drawn)} of these three kinds" in read

@@ -11,7 +11,6 @@ fourth part names a step or a protocol where the three fit several measurements.
 """
 
 import functools
-import itertools
 
 import pandas as pd
 
@@ -21,7 +20,6 @@ from erasekit.paths import RESULTS
 
 AGREES, DIFFERS, UNSEEN, OPEN = "agrees", "differs", "no difference seen", "not measured"
 VERDICTS = (AGREES, DIFFERS, UNSEEN, OPEN)
-PAIRED, INDEPENDENT = "pairs", "Fisher"
 LEVEL = 0.05  # of Holm's adjusted p, over all claims together
 
 
@@ -87,27 +85,27 @@ def verdict(difference: float, p: float, expected: str) -> str:
     return AGREES if (difference < 0) == (expected == "lower") else DIFFERS
 
 
-def _in_pairs(a: str, b: str, folder) -> dict | None:
-    """A - B of cells in pairs of prompt and seed; None where they give no pairs or a file keeps no verdicts."""
-    named = [parts(cells) for cells in (b, a)]
-    measures = {measure for _, _, measure, _ in itertools.chain(*named)}
-    if len(measures) > 1 or len(named[0]) != len(named[1]):
-        return None
-    try:
-        two = ([records.about(_read(file, folder), edit) for file, edit, *_ in one] for one in named)
-        # a claim may be about two attacks
-        found = records.paired(*two, *measures, attacks_differ=True, resamples=metrics.MANY)
-    except records.NotKept:
-        return None
-    return {key: found[key] for key in ("difference", "low", "high", "p")} | {"test": PAIRED}
+def _in_pairs(a: str, b: str, folder) -> dict:
+    """A - B in pairs of prompt and seed. ValueError where one side has several measures."""
+    sides, measures = [], []
+    for cells in (b, a):
+        named = parts(cells)
+        if len(of := {measure for _, _, measure, _ in named}) != 1:
+            raise ValueError(f"the cells of one side have one measure, {cells!r} has {', '.join(sorted(of))}")
+        sides.append([records.about(_read(file, folder), edit) for file, edit, *_ in named])
+        measures += of
+    # a claim may be about two attacks
+    more = {"attacks_differ": True, "resamples": metrics.MANY, "beside": measures[1]}
+    found = records.paired(*sides, measures[0], **more)
+    return {key: found[key] for key in ("difference", "low", "high", "p")}
 
 
 def tested(claims: pd.DataFrame | None = None, folder=RESULTS) -> pd.DataFrame:
     """Each claim with its test: the columns of `listed`, k_a, n_a, k_b, n_b, difference (of the rates, A - B), low and
-    high (95 %), p, test, holm (adjusted over all claims that are tested) and verdict, one of `VERDICTS`.
+    high (95 %), p, holm (adjusted over all claims that are tested) and verdict, one of `VERDICTS`.
 
-    test: "pairs" where the files keep every verdict (`records.paired`: prompts and seeds resampled), else "Fisher", for
-    which samples are taken as independent (`metrics.difference`). claims: in place of `listed`.
+    In pairs, prompts and seeds resampled (`records.paired`): ValueError for a file that does not keep the verdict of
+    each picture, or where both sides are not of the same pictures. claims: in place of `listed`.
     """
     claims = listed() if claims is None else claims
     found = []
@@ -117,9 +115,8 @@ def tested(claims: pd.DataFrame | None = None, folder=RESULTS) -> pd.DataFrame:
             continue
         a, b = (counted(cells, folder) for cells in (one.a, one.b))
         counts = {"k_a": a["k"], "n_a": a["n"], "k_b": b["k"], "n_b": b["n"]}
-        independent = metrics.difference(a, b) | {"test": INDEPENDENT}
-        found.append(counts | (_in_pairs(one.a, one.b, folder) or independent))
-    columns = ["k_a", "n_a", "k_b", "n_b", "difference", "low", "high", "p", "test"]
+        found.append(counts | _in_pairs(one.a, one.b, folder))
+    columns = ["k_a", "n_a", "k_b", "n_b", "difference", "low", "high", "p"]
     table = claims.join(pd.DataFrame(found, columns=columns, index=claims.index))
     table = table.astype(dict.fromkeys(columns[:4], "Int64"))
     measured = table["p"].notna()

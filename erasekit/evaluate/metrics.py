@@ -64,7 +64,7 @@ def differ(pairs: Mapping[str, tuple[dict, dict]], level: float = 0.05) -> dict[
     """{name: whether a difference is seen} of pairs of rates {k, n}: `difference`'s p, Holm over the pairs.
 
     For independent samples. That two intervals do not touch is no test: it asks for more than 5 % and knows nothing of
-    the other pairs. Where every verdict is kept, `records.paired` and `holm` know that pictures of a prompt are alike.
+    the other pairs. Where every verdict is kept, `records.differ` knows that pictures of a prompt are alike.
     """
     if not pairs:
         return {}

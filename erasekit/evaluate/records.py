@@ -173,23 +173,29 @@ def paired(
     measure: str | Sequence[str],
     attacks_differ: bool = False,
     resamples: int = metrics.RESAMPLES,
+    beside: str | None = None,
 ) -> dict:
     """`metrics.paired_difference` of a rate in two result files of one protocol, b - a, prompts and seeds resampled.
 
     a, b: sequences of files are taken one to one, and their pictures together. measure: of attacks "raw", "attack" or
     "alone"; of several the pictures are taken together. attacks_differ: two attacks are compared on the same prompts
-    and seeds; of one attack the budgets must agree still. resamples: as there. `NotKept` for a file that does not keep
-    every picture's verdict, ValueError for two protocols or other pictures.
+    and seeds; of one attack the budgets must agree still. resamples: as there. beside: the measure of b, where it is
+    another one. ValueError for two protocols, other pictures, or a file that does not keep every picture's verdict.
     """
     before, after, where = [], [], []
     files = zip(*([one] if isinstance(one, Result) else one for one in (a, b)), strict=True)
     for two, name in itertools.product(files, [measure] if isinstance(measure, str) else measure):
-        first, second = (verdicts(one, name) for one in two)
-        unlike = attacks_differ and len({one.details.get("attack") for one in two}) == 2
-        same = "raw" if unlike else name
-        hashes = {m.hash for one in two for m in one.measurements if m.measure == same}
+        names = (name, beside or name)
+        first, second = (verdicts(one, own) for one, own in zip(two, names, strict=True))
+        if attacks_differ and len({one.details.get("attack") for one in two}) == 2:
+            names = ("raw", "raw")
+        hashes = {
+            m.hash for one, own in zip(two, names, strict=True) for m in one.measurements if m.measure == own
+        }
         if len(hashes) != 1:
-            raise ValueError(f"{same} was measured under {len(hashes)} protocols: pairs need the same one")
+            raise ValueError(
+                f"{names[0]} was measured under {len(hashes)} protocols: pairs need the same one"
+            )
         if first.keys() != second.keys():
             raise ValueError(f"{name}: {len(first.keys() ^ second.keys())} pictures are in one file alone")
         where += first
@@ -197,6 +203,16 @@ def paired(
         after += [second[key] for key in first]
     clusters = list(zip(*where, strict=True))
     return metrics.paired_difference(before, after, np.random.default_rng(0), clusters, resamples)
+
+
+def differ(pairs: Mapping, level: float = 0.05) -> dict:
+    """{name: whether a difference is seen} of pairs (a, b, measure), each as `paired` takes them: its p, Holm's over the
+    pairs. `metrics.differ` is for counts of independent samples.
+    """
+    if not pairs:
+        return {}
+    adjusted = metrics.holm([paired(*pair, resamples=metrics.MANY)["p"] for pair in pairs.values()])
+    return {name: p <= level for name, p in zip(pairs, adjusted, strict=True)}
 
 
 class NoControl(ValueError):
@@ -274,10 +290,6 @@ ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.comm
 }
 
 
-class NotKept(ValueError):
-    """A result file has no verdict of every picture."""
-
-
 def about(one: Result, edit: str) -> Result:
     """What a file that keeps its verdicts by edit says of one edit; another file as it is."""
     kept = one.details.get("verdicts", {})
@@ -288,13 +300,17 @@ def about(one: Result, edit: str) -> Result:
 
 
 def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:
-    """{(prompt, seed): 0 or 1} behind a rate. `NotKept` where they were not, or for one of several such rates."""
+    """{(prompt, seed): 0 or 1} behind a rate. ValueError where they were not kept, or for one of several such rates."""
     if (several := sum(m.measure == measure for m in one.measurements)) > 1:
-        raise NotKept(f"{several} measurements of {measure} in one file: its verdicts cannot be told apart")
+        raise ValueError(
+            f"{several} measurements of {measure} in one file: its verdicts cannot be told apart"
+        )
     if measure in ATTACKED and isinstance(one.details.get("attempts"), list):
         return {(t["prompt"], t["seed"]): int(ATTACKED[measure](t)) for t in one.details["attempts"]}
     if measure not in one.details.get("verdicts", {}):
-        raise NotKept(f"no verdicts of {measure} were kept: run it again, {one.command or 'as it was made'}")
+        raise ValueError(
+            f"no verdicts of {measure} were kept: run it again, {one.command or 'as it was made'}"
+        )
     return by_picture(one.details["verdicts"][measure])
 
 

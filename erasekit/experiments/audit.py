@@ -7,8 +7,8 @@
 
 The whole grid takes about 45 hours of a core. Here each cell is built by Snakemake in a clone of the last commit, where
 no edit, picture or result is kept, and compared with the committed file. The order is that of the SHA-256 of the cells'
-names, so nobody chooses; timings (the rule `benchmark`) are left out. With --older the files of protocols that keep no
-verdict of each picture go first, as files did before comparisons in pairs. data/results/audit.csv has a row for each:
+names, so nobody chooses; timings (the rule `benchmark`) are left out. With --older the files that keep no verdict of
+each picture go first, as files did before comparisons in pairs. data/results/audit.csv has a row for each:
 
     draw        "lot", or "older"
     verdict     "same": all that `promote` compares, so everything but when and where it was made; "counts": every
@@ -46,7 +46,15 @@ from erasekit.paths import RESULTS, ROOT, write_atomically
 LOG = RESULTS / "audit.csv"
 COLUMNS = ("cell", "draw", "verdict", "details", "committed", "built", "minutes", "machine")
 IDENTITY = ("edit", "attack", "step", "protocol", "measure")  # of a measurement, in a file
-PAIRED = ("objects", "context", "weapons")  # rules whose files keep the verdict of each picture
+PROTOCOLS = ("objects", "context", "weapons")
+PAIRED = (  # rules whose files keep the verdict of each picture
+    *PROTOCOLS,
+    "ablation",
+    "regeneration",
+    "run",
+    "train",
+    "run_all",
+)
 LEFT_OUT = ("erase", "benchmark", "uncovered")  # of config.yaml: edits, timings, files that no rule makes
 
 
