@@ -206,8 +206,8 @@ def paired(
 
 
 def differ(pairs: Mapping, level: float = 0.05) -> dict:
-    """{name: whether a difference is seen} of pairs (a, b, measure), each as `paired` takes them: its p, Holm's over the
-    pairs. `metrics.differ` is for counts of independent samples.
+    """{name: whether a difference is seen} of pairs (a, b, measure), each as `paired` takes them: its p, adjusted over
+    the pairs (Holm's). `metrics.differ` is for counts of independent samples.
     """
     if not pairs:
         return {}

@@ -90,6 +90,16 @@ def ten_objects(table: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["kept"].isna() | rows["kept"].eq(most)]
 
 
+def ten_files(table: pd.DataFrame, method: str, folder: Path = RESULTS) -> list[records.Result]:
+    """The ten result files behind the rows of `ten_objects` of one method, by class: two methods' are compared in pairs
+    (`records.paired`). ValueError unless there is one of each class. table: of `gathered`, from the same folder.
+    """
+    rows = ten_objects(table).query("method == @method").drop_duplicates("file").sort_values("concept")
+    if list(rows["concept"]) != sorted(CIFAR):
+        raise ValueError(f"no file of each of the ten classes of {method!r}: {', '.join(rows['file']) or 'none'}")
+    return [records.read(name.removesuffix(".json"), folder) for name in rows["file"]]
+
+
 def pooled(rows: pd.DataFrame) -> pd.DataFrame:
     """The counts of each method and measure added up: method, measure, goal, cells (how many were added) and `rate`'s
     k, n, rate, low, high. Means and distances have no counts and are left out.
