@@ -61,8 +61,10 @@ def protocol(erased: list[str], others: list[str], pictures: int = 100) -> Proto
     return Protocol("emoji-many", prompts, measures, summary="H", erased=tuple(erased))
 
 
-def row(model: ek.DiffusionModel, module, config, count: int) -> tuple[ek.Edit, list[Measurement]]:
-    """Erase the first `count` concepts by a method and measure; the edit is called by their number."""
+def row(model: ek.DiffusionModel, module, config, count: int) -> tuple[ek.Edit, list[Measurement], dict]:
+    """Erase the first `count` concepts by a method and measure; the edit is called by their number. Last the verdicts
+    (`runs.Run.verdicts`).
+    """
     with tempfile.TemporaryDirectory() as folder:  # what a method caches would make the next row cheaper
         more = {"folder": Path(folder)} if "folder" in signature(module.fit).parameters else {}
         start = time.perf_counter()
@@ -70,7 +72,7 @@ def row(model: ek.DiffusionModel, module, config, count: int) -> tuple[ek.Edit, 
         seconds = time.perf_counter() - start
     done = runs.run(model, edit, protocol(ERASED[:count], kept(count)), progress=True)
     about = {"seconds": round(seconds, 2), "machine": runs.machine()}
-    return edit, measurements(done.measured(), done.protocol, str(count), **about)
+    return edit, measurements(done.measured(), done.protocol, str(count), **about), done.verdicts()
 
 
 def main() -> None:
@@ -108,7 +110,7 @@ def main() -> None:
         "benchmark",
         **world.subject(model),
         erased=tuple(ERASED if given.hundred else HALF),
-        details={"kept": kept(max(sizes)), "config": plain(asdict(config)), "kinds": {}},
+        details={"kept": kept(max(sizes)), "config": plain(asdict(config)), "kinds": {}, "verdicts": {}},
     )
     if given.out.exists():
         old = read(given.out)
@@ -117,12 +119,16 @@ def main() -> None:
             whole = replace(old, command=whole.command)
     for count in sizes:
         if str(count) not in whole.edits:
-            edit, found = row(model, module, config, count)
+            edit, found, verdicts = row(model, module, config, count)
+            said = {
+                key: whole.details.get(key, {}) | {str(count): one}
+                for key, one in (("kinds", edit.kind), ("verdicts", verdicts))
+            }
             whole = replace(
                 whole,
                 edits=whole.edits | {str(count): EditMade.of(edit, module.PRESETS["emoji"])},
                 measurements=(*whole.measurements, *found),
-                details=whole.details | {"kinds": whole.details["kinds"] | {str(count): edit.kind}},
+                details=whole.details | said,
             )
             save(whole, given.out)
             print(count, {m.measure: shown(m.value) for m in found}, found[0].seconds, "s")

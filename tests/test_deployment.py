@@ -490,6 +490,11 @@ def test_what_an_edit_survives_is_a_result(tmp_path, monkeypatch):
     assert count(before, only[0]) == []  # of an unedited model it is the model
     k = count(after, only[0])[0]
     assert after.details["against as it is"][only[0]]["target"] == {"back": k, "gone": 0} and k > 0
+    for m in after.measurements:
+        seen = records.verdicts(records.about(after, m.step), m.measure)
+        assert (sum(seen.values()), len(seen)) == (m.value["k"], m.value["n"])
+    plain, averaged = (records.about(after, step) for step in ("as it is", only[0]))
+    assert records.paired(plain, averaged, "target")["difference"] == k / 4
     with pytest.raises(ValueError, match="there is no step soup"):
         experiment.measure(emoji, edit, "dog", "cat", only=["soup"], folder=tmp_path)
     again = experiment.sibling(emoji, "dog", tmp_path)  # read, not trained anew

@@ -290,13 +290,13 @@ ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.comm
 }
 
 
-def about(one: Result, edit: str) -> Result:
-    """What a file that keeps its verdicts by edit says of one edit; another file as it is."""
+def about(one: Result, name: str) -> Result:
+    """What a file that keeps its verdicts by edit, or by step, says of one; another file as it is."""
     kept = one.details.get("verdicts", {})
-    if edit not in kept:
+    if name not in kept:
         return one
-    own = tuple(m for m in one.measurements if m.edit == edit)
-    return replace(one, measurements=own, details=one.details | {"verdicts": kept[edit]})
+    own = tuple(m for m in one.measurements if name in (m.edit, m.step))
+    return replace(one, measurements=own, details=one.details | {"verdicts": kept[name]})
 
 
 def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:

@@ -96,7 +96,9 @@ def ten_files(table: pd.DataFrame, method: str, folder: Path = RESULTS) -> list[
     """
     rows = ten_objects(table).query("method == @method").drop_duplicates("file").sort_values("concept")
     if list(rows["concept"]) != sorted(CIFAR):
-        raise ValueError(f"no file of each of the ten classes of {method!r}: {', '.join(rows['file']) or 'none'}")
+        raise ValueError(
+            f"no file of each of the ten classes of {method!r}: {', '.join(rows['file']) or 'none'}"
+        )
     return [records.read(name.removesuffix(".json"), folder) for name in rows["file"]]
 
 

@@ -10,7 +10,8 @@ Measured with each step, on the same prompts and seeds:
                thing seen?
 
 `details` has for each step and measure how many pictures changed sides against the same edit used as it is: "back"
-(seen now, not before) and "gone". Without an edit the same of the unedited model.
+(seen now, not before) and "gone", and under "verdicts" that of each picture (`records.about` reads those of one step).
+Without an edit the same of the unedited model.
 
 What the steps need beside the edit is made once for a concept and kept in build/deployment/: a sibling, the model
 fine-tuned on real emoji of everything but the concept; the same as a LoRA of a smaller rank; and a word for the
@@ -115,7 +116,7 @@ def measure(
     preset = edit and METHODS[edit.metadata["method"]].PRESETS["emoji"]
     edits = {(one := EditMade.of(edit, preset)).label: one} if edit else {}
     label = next(iter(edits), ORIGINAL)
-    plain, found, moved, refused = {}, [], {}, {}
+    plain, found, moved, refused, verdicts = {}, [], {}, {}, {}
     for name, step in steps.items():
         whole = step is None or step.group in ("weights", "sampler")
         for asked in (aimed, others) if whole else (aimed,):
@@ -134,6 +135,7 @@ def measure(
             seen = run.values(counted)
             before = plain.setdefault(counted.name, seen)
             found += measurements(run.measured(), asked, label, step=name)
+            verdicts.setdefault(name, {}).update(run.verdicts())
             moved.setdefault(name, {})[counted.name] = {
                 "back": int((seen > before).sum()),
                 "gone": int((seen < before).sum()),
@@ -146,7 +148,7 @@ def measure(
         machine=runs.machine(),
         edits=edits,
         measurements=tuple(found),
-        details={"against as it is": moved, "refused": refused, "neighbour": neighbour},
+        details={"against as it is": moved, "refused": refused, "neighbour": neighbour, "verdicts": verdicts},
     )
 
 
