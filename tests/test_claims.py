@@ -144,6 +144,16 @@ def test_a_file_that_keeps_its_verdicts_by_edit_is_paired_with_itself(folder):
         records.verdicts(one, "target")
 
 
+def test_an_edit_whose_verdicts_were_not_kept_is_named_as_such(folder):
+    """Beside another whose were."""
+    one = records.read("one", folder)
+    half = replace(one, command="make it", details={"verdicts": {"a": one.details["verdicts"]["a"]}})
+    assert records.verdicts(records.about(half, "a"), "target")
+    for old in (half, replace(half, details={})):
+        with pytest.raises(ValueError, match="no verdicts of target were kept: run it again, make it"):
+            records.verdicts(records.about(old, "b"), "target")
+
+
 def test_two_measures_of_the_same_pictures_are_paired(folder):
     """Control: the other way round the sign is the other; of several measures on one side there are no pairs."""
     one = records.read("one", folder)

@@ -347,6 +347,10 @@ def test_files_without_verdicts_are_older_and_go_first(tmp_path, monkeypatch):
     assert audit.rows_of(log)[["draw", "verdict"]].values.tolist() == [["older", "counts"], ["lot", "same"]]
     (tmp_path / f"{last}.json").write_text(whole)
     assert audit.older(["context"]) == []
+    kept = json.loads(whole)["details"]["verdicts"]
+    two = result | {"edits": {"a": {}, "b": {}}}
+    assert audit.keeps(two | {"details": {"verdicts": {"original": kept, "a": kept, "b": kept}}})
+    assert not audit.keeps(two | {"details": {"verdicts": {"original": kept, "a": kept}}})
     with pytest.raises(ValueError, match="--older is for objects, context, weapons, .*: files of attack"):
         audit.older(["attack"])
 

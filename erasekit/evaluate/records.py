@@ -291,12 +291,14 @@ ATTACKED = {  # the rates of an attack: what counts of an attempt (`attacks.comm
 
 
 def about(one: Result, name: str) -> Result:
-    """What a file that keeps its verdicts by edit, or by step, says of one; another file as it is."""
+    """What a file says of one edit or step, the verdicts of another left out. A file that keeps them by measure alone
+    is given back as it is.
+    """
     kept = one.details.get("verdicts", {})
-    if name not in kept:
+    if kept and not kept.keys() & {name for m in one.measurements for name in (m.edit, m.step)}:
         return one
     own = tuple(m for m in one.measurements if name in (m.edit, m.step))
-    return replace(one, measurements=own, details=one.details | {"verdicts": kept[name]})
+    return replace(one, measurements=own, details=one.details | {"verdicts": kept.get(name, {})})
 
 
 def verdicts(one: Result, measure: str) -> dict[tuple[str, int], int]:

@@ -84,8 +84,13 @@ def older(rules: Sequence[str] = PAIRED) -> list[str]:
     """
     if others := set(rules) - {*PAIRED}:
         raise ValueError(f"--older is for {', '.join(PAIRED)}: files of {', '.join(others)} keep no verdicts")
-    keeps = lambda cell: "verdicts" in promotion.read(RESULTS / f"{cell}.json")["details"]
-    return [cell for cell in lot(rules) if committed(cell) and not keeps(cell)]
+    return [cell for cell in lot(rules) if committed(cell) and not keeps(promotion.read(RESULTS / f"{cell}.json"))]
+
+
+def keeps(result: dict) -> bool:
+    """Whether a result keeps the verdict of each picture, of each of its edits where it keeps them by edit."""
+    kept, edits = result["details"].get("verdicts", {}), result["edits"].keys()
+    return bool(kept) and (not kept.keys() & edits or edits <= kept.keys())
 
 
 def rows_of(log: Path) -> pd.DataFrame:
