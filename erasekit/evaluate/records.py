@@ -187,7 +187,7 @@ def paired(
     for two, name in itertools.product(files, [measure] if isinstance(measure, str) else measure):
         names = (name, beside or name)
         first, second = (verdicts(one, own) for one, own in zip(two, names, strict=True))
-        if attacks_differ and len({one.details.get("attack") for one in two}) == 2:
+        if attacks_differ and two[0].details.get("attack") != two[1].details.get("attack"):
             names = ("raw", "raw")
         hashes = {
             m.hash for one, own in zip(two, names, strict=True) for m in one.measurements if m.measure == own
