@@ -44,7 +44,9 @@ def test_committed_verdicts_add_up_to_the_committed_counts():
         whole = records.read(path.stem, RESULTS)
         for one in whole.measurements:
             own = records.about(whole, one.edit)
-            there = one.measure in (own.details.get("verdicts") or {}) or isinstance(own.details.get("attempts"), list)
+            there = one.measure in (own.details.get("verdicts") or {}) or isinstance(
+                own.details.get("attempts"), list
+            )
             if (
                 "k" not in one.value
                 or not there

@@ -432,7 +432,9 @@ def test_a_cell_whose_build_was_stopped_has_no_verdict(tmp_path, monkeypatch):
 def test_committed_files_keep_the_verdicts_that_pairs_are_made_of():
     """All of objects, contexts and weapons, and the ablations that the README names."""
     assert audit.older(audit.PROTOCOLS) == []
-    whole = {f"ablation_{method}_dog" for method in ("uce", "mace", "rece")} | {"ablation_advunlearn_dog_claims"}
+    whole = {f"ablation_{method}_dog" for method in ("uce", "mace", "rece")} | {
+        "ablation_advunlearn_dog_claims"
+    }
     assert not whole & set(audit.older(["ablation"]))
 
 

@@ -84,7 +84,9 @@ def older(rules: Sequence[str] = PAIRED) -> list[str]:
     """
     if others := set(rules) - {*PAIRED}:
         raise ValueError(f"--older is for {', '.join(PAIRED)}: files of {', '.join(others)} keep no verdicts")
-    return [cell for cell in lot(rules) if committed(cell) and not keeps(promotion.read(RESULTS / f"{cell}.json"))]
+    return [
+        cell for cell in lot(rules) if committed(cell) and not keeps(promotion.read(RESULTS / f"{cell}.json"))
+    ]
 
 
 def keeps(result: dict) -> bool:
