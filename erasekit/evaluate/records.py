@@ -295,7 +295,8 @@ def about(one: Result, name: str) -> Result:
     is given back as it is.
     """
     kept = one.details.get("verdicts", {})
-    if kept and not kept.keys() & {name for m in one.measurements for name in (m.edit, m.step)}:
+    names = {m.edit for m in one.measurements} | {m.step for m in one.measurements}
+    if kept and not kept.keys() & names:
         return one
     own = tuple(m for m in one.measurements if name in (m.edit, m.step))
     return replace(one, measurements=own, details=one.details | {"verdicts": kept.get(name, {})})
